@@ -32,6 +32,7 @@ Critic: BroNet (C.3, Figure 13), 2 blocks of width 4096, about 256M parameters w
 
 import csv
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -42,6 +43,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -75,7 +77,7 @@ class Args:
     env_ids: tuple[str, ...] = ()
     """tasks of one agent, as family/task: dmc/dog-run metaworld/assembly humanoidbench/h1-walk gym/Pendulum-v1"""
     suite: str | None = None
-    """a named set of tasks instead of --env-ids: dmc-dogs, dmc-humanoids, metaworld, hb-medium, hb-hard, ..."""
+    """a set of tasks by name: dmc-dogs, dmc-humanoids, metaworld, hb-medium, hb-hard, shadowhand or mw-dmc"""
     seed: int = 1
     """seed of networks, exploration, replay sampling and environments"""
     exp_name: str = "brc_sac_continuous"
@@ -132,7 +134,7 @@ class Args:
     initial_temperature: float = 0.1
     """alpha at the start (Table 3)"""
     target_entropy: float | None = None
-    """the policy entropy that the temperature aims at (default: -|A|/2, Table 3)"""
+    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, Table 3)"""
     num_atoms: int = 101
     """atoms of the categorical critic (Table 3)"""
     v_min: float = -10.0
@@ -369,7 +371,7 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
             import humanoid_bench  # noqa: F401 (registers the tasks)
 
             robot, _, task_name = name.partition("-")
-            env = gym.make(f"{robot}-{task_name.replace('-', '_')}-v0", render_mode=None)  # see render_frame
+            env = gym.make(f"{robot}-{task_name.replace('-', '_')}-v0", render_mode=None)  # drawn by frame_renderer
         elif family == "shadowhand":
             import dex_envs  # noqa: F401 (registers the tasks)
 
@@ -495,6 +497,7 @@ class ParallelEnvs:
         self.observation_dims = [pool.observation_dim for pool in self.pools]
         self.action_dims = [pool.action_dim for pool in self.pools]
         self.observation_dim, self.action_dim = max(self.observation_dims), max(self.action_dims)
+        self.action_mask = np.arange(self.action_dim) < np.array(self.action_dims)[:, None]
 
     def make_pool(self, task: str, num_envs: int, seed: int, backend: str):
         if backend != "gymnasium" and task.startswith(("dmc/", "metaworld/")):
@@ -737,13 +740,16 @@ class Actor(nn.Module):
         return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
 
 
-def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch]."""
+def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
+    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
+
+    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
+    """
     noise = jax.random.normal(key, mean.shape)
     x = mean + jnp.exp(log_std) * noise
     log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
     log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
-    return jnp.tanh(x), (log_density - log_det_tanh).sum(-1)
+    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
 
 
 # --------------------------------------------------------------------------------------- categorical projection
@@ -838,12 +844,18 @@ class Agent(NamedTuple):
     embeddings: Any
 
 
-def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int) -> Agent:
-    """The agent as pure functions of AgentState. One task takes the same path, without embedding or extra heads."""
+def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None) -> Agent:
+    """The agent as pure functions of AgentState. One task takes the same path, without embedding or extra heads.
+
+    action_dims: the tasks' own action sizes (default: action_dim for all). Entropy counts, and its target is set by,
+    the dimensions that a task has; those added by padding would otherwise hold entropy that its real actions lack.
+    """
     use_embedding = num_tasks > 1 and args.task_conditioning == "embedding"
     num_heads = num_tasks if num_tasks > 1 and args.task_conditioning == "heads" else 1
     categorical = args.critic_loss == "ce"
-    target_entropy = -action_dim / 2 if args.target_entropy is None else args.target_entropy
+    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
+    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
+    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
     atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
     actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
     critic_outputs_dim = args.num_atoms if categorical else 1
@@ -878,10 +890,10 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
 
     def policy(actor, critic, observations, task_ids):
-        """Mean and log standard deviation; the embedding is the critic's and gets no gradient from here (C.4)."""
+        """Arguments of sample_action; the embedding is the critic's and gets no gradient from here (C.4)."""
         if use_embedding:
             observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
-        return actor_network.apply(actor, observations, task_ids)
+        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
 
     def critic_outputs(critic, statistics, observations, actions, task_ids):
         """Outputs of every critic, [num_critics, batch, num_atoms or 1]."""
@@ -906,7 +918,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         if not args.normalize_returns:
             return jnp.ones(num_tasks)
         temperature = jnp.exp(state.log_temperature)
-        entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else action_dim / 4
+        entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else own_dims / 4
         return args.v_max / jnp.maximum(max_return + temperature * entropy / (1 - args.discount), MIN_SCALE)
 
     def critic_target(state, batch, max_return, key):
@@ -971,7 +983,8 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(rows, 1)
         task_entropy = jnp.where(rows > 0, state.entropy + ENTROPY_RATE * (task_entropy - state.entropy), state.entropy)
 
-        temperature_loss = lambda log_temperature: jnp.exp(log_temperature) * (entropy - target_entropy)  # noqa: E731
+        surplus = entropy - target_entropy[batch.task_ids].mean()
+        temperature_loss = lambda log_temperature: jnp.exp(log_temperature) * surplus  # noqa: E731
         temperature_value, gradient = jax.value_and_grad(temperature_loss)(state.log_temperature)
         step, optimizer = temperature_optimizer.update(gradient, state.temperature_optimizer)
         state = state._replace(
@@ -998,7 +1011,8 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         return sample_action(jax.random.fold_in(key, step), *policy(actor, critic, observations, task_ids))[0]
 
     def act_deterministic(actor, critic, observations, task_ids):
-        return jnp.tanh(policy(actor, critic, observations, task_ids)[0])
+        mean, _, mask = policy(actor, critic, observations, task_ids)
+        return jnp.tanh(mean) * mask
 
     def value(state: AgentState, observations, max_return):
         """Critic's value of one observation per task at the policy's mean action, in units of reward, [num_tasks]."""
@@ -1071,34 +1085,43 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
     return np.reshape(returns, (num_tasks, -1)), np.reshape(successes, (num_tasks, -1))
 
 
-def render_frame(env: gym.Env) -> np.ndarray:
-    """RGB frame [height, width, 3]. HumanoidBench's own render fails on current Gymnasium, so MuJoCo draws it."""
+def frame_renderer(env: gym.Env):
+    """A function that returns an RGB frame [height, width, 3]; HumanoidBench's own fails on current Gymnasium."""
     if not hasattr(env.unwrapped, "robot"):
-        return env.render()
+        return env.render
     import mujoco
 
-    with mujoco.Renderer(env.unwrapped.model, 256, 256) as renderer:
+    renderer = mujoco.Renderer(env.unwrapped.model, 256, 256)
+
+    def render() -> np.ndarray:
         renderer.update_scene(env.unwrapped.data, camera=env.unwrapped.task.camera_name)
         return renderer.render()
 
+    return render
 
-def record_videos(agent: Agent, state: AgentState, tasks: list[str], observation_dim: int, directory: Path, step: int):
-    """One deterministic episode per task as directory/<task>-<step>.mp4, every second frame."""
+
+def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path):
+    """One deterministic episode as mp4, every second frame."""
     import imageio
 
-    directory.mkdir(exist_ok=True)
-    for task_id, task in enumerate(tasks):
-        env = make_env(task, render_mode="rgb_array")
-        observation, done, frames = env.reset()[0], False, []
-        while not done:
-            padded = np.zeros((1, observation_dim), np.float32)
-            padded[0, : len(observation)] = observation
-            action = np.asarray(agent.act_deterministic(state.actor, state.critic, padded, np.array([task_id])))[0]
-            observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
-            done = terminated or truncated
-            frames.append(render_frame(env))
-        env.close()
-        imageio.mimsave(directory / f"{file_name(task)}-{step}.mp4", frames[::2], fps=30)
+    env = make_env(task, render_mode="rgb_array")
+    render, frames = frame_renderer(env), []
+    observation, done = env.reset()[0], False
+    for time_step in itertools.count():
+        if time_step % 2 == 0:
+            frames.append(render())
+        if done:
+            break
+        padded = np.zeros((1, observation_dim), np.float32)
+        padded[0, : len(observation)] = observation
+        action = np.asarray(agent.act_deterministic(state.actor, state.critic, padded, np.array([task_id])))[0]
+        observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
+        done = terminated or truncated
+    env.close()
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
+        imageio.mimsave(path, frames, fps=30)
 
 
 def log_task_statistics(agent, state, replay, normalizer, tasks, run_dir: Path, logger, step: int, batch_size=256):
@@ -1324,7 +1347,7 @@ def main(args: Args) -> None:
     env_seed, eval_seed = np.random.SeedSequence([args.seed, resumed_at]).generate_state(2)
     envs = ParallelEnvs(tasks, 1, int(env_seed), args.env_backend)
     num_tasks, observation_dim, action_dim = len(tasks), envs.observation_dim, envs.action_dim
-    agent = make_agent(args, num_tasks, observation_dim, action_dim)
+    agent = make_agent(args, num_tasks, observation_dim, action_dim, envs.action_dims)
     state = agent.init(args.seed)
     replay = Replay(num_tasks, min(args.buffer_size, max(total_timesteps, 1) + 1000), observation_dim, action_dim)
     normalizer = ReturnNormalizer(num_tasks, args.discount)
@@ -1336,6 +1359,8 @@ def main(args: Args) -> None:
         wall_time, last_evaluation = counters["wall_time"], counters["last_evaluation"]
         normalizer.max_return = np.array(counters["max_return"], np.float32)
         rng.bit_generator.state = counters["rng"]
+        if step >= total_timesteps:
+            raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-timesteps")
         print(f"resumed {run_dir} at step {step:,}")
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -1370,14 +1395,21 @@ def main(args: Args) -> None:
                 last_evaluation, wall_time = step, time.time() - started
                 rows = evaluation_rows(tasks, results, step, updates, wall_time)
                 logger.evaluation(rows)
-                columns = [column for column in ("return", "success", "score") if rows[0][column] != ""]
-                means = {column: np.mean([row[column] for row in rows if row[column] != ""]) for column in columns}
-                logger.scalars({f"eval/mean_{column}": mean for column, mean in means.items()}, step)
-                progress.set_postfix({columns[-1]: f"{means[columns[-1]]:.3f}"})
+                values = {}
+                for column in ("return", "success", "score"):
+                    found = {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}
+                    if found:
+                        values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
+                        progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
+                logger.scalars(values, step)
                 if args.log_task_statistics and step > args.learning_starts:
                     log_task_statistics(agent, state, replay, normalizer, tasks, run_dir, logger, step)
-                if args.capture_video:
-                    record_videos(agent, state, tasks, observation_dim, run_dir / "videos", step)
+                for task_id, task in enumerate(tasks if args.capture_video else []):
+                    path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
+                    try:
+                        record_video(agent, state, task, task_id, observation_dim, path)
+                    except Exception as error:  # a graphics library or a package for drawing may be missing
+                        progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
         if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == total_timesteps or stop):
             check_finite(metrics, run_dir, step)
             counters = {
@@ -1392,8 +1424,8 @@ def main(args: Args) -> None:
                     raise
                 shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
                 raise UserError(
-                    f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, then "
-                    f"continue with --resume {run_dir}"
+                    f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
+                    f"then continue with --resume {run_dir}"
                 ) from error
             last_checkpoint = step
         if step == total_timesteps or stop:
@@ -1401,7 +1433,7 @@ def main(args: Args) -> None:
 
         # 1. act with the newest policy
         if step < args.learning_starts:
-            actions = rng.uniform(-1, 1, (num_tasks, action_dim)).astype(np.float32)
+            actions = rng.uniform(-1, 1, (num_tasks, action_dim)).astype(np.float32) * envs.action_mask
         else:
             actions = np.asarray(agent.act(state.actor, state.critic, act_key, step, observations, task_ids))
         envs.send(actions)
@@ -1440,7 +1472,7 @@ def main(args: Args) -> None:
     envs.close()
     eval_envs.close()
     if stop and step < total_timesteps:
-        print(f"stopped at step {step:,}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        print(f"stopped at step {step:,}" + f"; continue with --resume {run_dir}" * bool(checkpoint_steps(run_dir)))
     else:
         print_table(rows)
 
@@ -1482,10 +1514,13 @@ def check_finite(metrics: dict | None, run_dir: Path, step: int) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno != errno.ENOSPC:
-                raise
-            error = f"disk full ({error.filename or 'run directory'}): free space, then continue with --resume RUN_DIR"
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+            message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        print(f"\nerror: {message}", file=sys.stderr)
         sys.exit(2)
