@@ -30,8 +30,10 @@ Critic: BroNet (C.3, Figure 13), 2 blocks of width 4096, about 256M parameters w
   python brc_sac_continuous.py --resume runs/RUN                                         # continue a stopped run
 """
 
+import atexit
 import csv
 import errno
+import io
 import itertools
 import json
 import math
@@ -190,6 +192,8 @@ def check_args(args: Args) -> None:
         raise UserError(f"--polyak-tau {args.polyak_tau}: must be in [0, 1]")
     if not -math.inf < args.v_min < args.v_max < math.inf or args.v_max <= 0:
         raise UserError(f"--v-min {args.v_min} --v-max {args.v_max}: need v_min < v_max and v_max > 0")
+    if args.target_entropy is not None and not math.isfinite(args.target_entropy):
+        raise UserError(f"--target-entropy {args.target_entropy}: must be a finite number")
     if args.seed >= 2**31:
         raise UserError(f"--seed {args.seed}: must be below 2^31")
 
@@ -309,9 +313,18 @@ def normalized_score(task: str, episode_return: float, success: float) -> float:
 
 # -------------------------------------------------------------------------------------------------- environments
 
-ENVPOOL_ONLY_KEYS = {  # observations that envpool returns and dm_control does not
-    "dog-": ("ball_state", "target_position"), "humanoid-": ("position",),
-    "finger-spin": ("target_position", "dist_to_target"),
+ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order
+    "dog-": "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors "
+    "foot_forces touch_sensors actuator_state",
+    "humanoid-": "joint_angles head_height extremities torso_vertical com_velocity velocity",
+    "quadruped-": "egocentric_state torso_velocity torso_upright imu force_torque",
+    "finger-spin": "position velocity touch",
+    "fish-swim": "joint_angles upright target velocity",
+    "fish-upright": "joint_angles upright velocity",
+}
+ENVPOOL_BROKEN = {  # in envpool 1.2.5 these differ from Meta-World, which steps them instead
+    "metaworld/hammer", "metaworld/shelf-place",  # the goal moves on at every reset, out of reach
+    "metaworld/dial-turn",  # the dial does not turn
 }  # fmt: skip
 
 
@@ -377,11 +390,11 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
 
             env = gym.make(f"{name.replace('-', '_')}-rotate-v1", reward_type="sparse", render_mode=render_mode)
         else:
-            env = gym.make(name, render_mode=render_mode)
+            env = gym.make(name, **({"render_mode": render_mode} if render_mode else {}))
     except ImportError as error:
         hint = INSTALL.get(family, f"pip install the package that registers {name}")
         raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
-    except gym.error.Error as error:
+    except (gym.error.Error, ValueError) as error:
         raise UserError(f"cannot make {task}: {' '.join(str(error).split())}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
         spaces = env.observation_space.spaces
@@ -396,14 +409,22 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
+def make_worker_env(task: str, seed: int) -> gym.Env:
+    """make_env for a worker process, which leaves it to the main process to handle Ctrl-C and SIGTERM."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return make_env(task, seed=seed)
+
+
 def envpool_id(task: str) -> str | None:
-    """envpool's name of a dmc/ or metaworld/ task, or None if it has none."""
+    """envpool's name of a dmc/ or metaworld/ task, or None if it has none that works."""
     import envpool
 
     family, _, name = task.partition("/")
     camel = "".join(part.capitalize() for part in name.split("-"))
     found = {"dmc": f"{camel}-v1", "metaworld": f"MetaWorld/{camel}-v3"}.get(family)
-    return found if found in envpool.list_all_envs() else None
+    return found if found in envpool.list_all_envs() and task not in ENVPOOL_BROKEN else None
 
 
 class EnvPoolTask:
@@ -414,9 +435,11 @@ class EnvPoolTask:
 
         kwargs = {"max_episode_steps": 200, "partially_observable": False} if task.startswith("metaworld/") else {}
         self.pool = envpool.make(envpool_id(task), env_type="gymnasium", num_envs=num_envs, seed=seed, **kwargs)
-        drop = {key for prefix, keys in ENVPOOL_ONLY_KEYS.items() if task.startswith(f"dmc/{prefix}") for key in keys}
         space = self.pool.observation_space
-        self.keys = [key for key in space.spaces if key not in drop] if isinstance(space, gym.spaces.Dict) else None
+        self.keys = list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
+        for prefix, keys in ENVPOOL_KEYS.items():
+            if task.startswith(f"dmc/{prefix}"):
+                self.keys = keys.split()
         self.action_dim, self.num_envs, self.env_ids = self.pool.action_space.shape[0], num_envs, np.arange(num_envs)
         self.observation_dim = self.reset().shape[1]
 
@@ -450,18 +473,22 @@ class GymnasiumTask:
         heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
         self.task, self.num_envs, self.seed = task, num_envs, seed
-        constructors = [partial(make_env, task, seed=seed + copy) for copy in range(num_envs)]
+        constructors = [partial(make_worker_env, task, seed + copy) for copy in range(num_envs)]
         self.envs = gym.vector.AsyncVectorEnv(constructors, context="forkserver")
         self.observation_dim = self.envs.single_observation_space.shape[0]
         self.action_dim = self.envs.single_action_space.shape[0]
+        atexit.register(self.close)
 
     def call(self, function, *args, **kwargs):
         try:
-            return function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Gymnasium shows the worker's traceback as a warning
+                return function(*args, **kwargs)
         except (EOFError, OSError) as error:
+            self.close()
             raise UserError(f"the worker process of {self.task} died, perhaps for lack of memory") from error
         except Exception as error:  # whatever the environment itself raised in its process
-            self.envs.closed = True  # workers are gone; closing again would only add a second traceback
+            self.close()
             raise UserError(f"{self.task} failed in its worker process: {type(error).__name__}: {error}") from error
 
     def reset(self) -> np.ndarray:
@@ -477,8 +504,10 @@ class GymnasiumTask:
         return observation, reward, terminated, truncated, success
 
     def close(self) -> None:
-        if not self.envs.closed:
-            self.envs.close(terminate=True)
+        for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
+            process.kill()
+        self.envs.closed = True
+        atexit.unregister(self.close)
 
 
 class ParallelEnvs:
@@ -504,7 +533,7 @@ class ParallelEnvs:
             try:
                 if envpool_id(task):
                     return EnvPoolTask(task, num_envs, seed)
-                problem = f"envpool has no {task}"
+                problem = f"envpool has no {task} that works"
             except ImportError:
                 problem = "envpool is missing: pip install envpool==1.2.5"
             if backend == "envpool":
@@ -842,6 +871,7 @@ class Agent(NamedTuple):
     update: Any
     task_statistics: Any
     embeddings: Any
+    parameter_norm: Any
 
 
 def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None) -> Agent:
@@ -1047,8 +1077,12 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
     def embeddings(critic):
         return embed(critic, jnp.arange(num_tasks)) if use_embedding else None
 
+    def parameter_norm(state: AgentState):
+        """Norm of all network parameters, finite if they all are."""
+        return optax.global_norm((state.actor, state.critic, state.target_critic))
+
     return Agent(init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0),
-                 jax.jit(task_statistics), jax.jit(embeddings))  # fmt: skip
+                 jax.jit(task_statistics), jax.jit(embeddings), jax.jit(parameter_norm))  # fmt: skip
 
 
 def parameter_count(tree) -> int:
@@ -1163,6 +1197,13 @@ def file_name(task: str) -> str:
     return task.replace("/", "-").replace(":", "-")
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that a crash or a full disk leaves the old one."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    partial_path.write_text(text, newline="")
+    partial_path.replace(path)
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
     args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
@@ -1171,12 +1212,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
+        if saved.get("script", SCRIPT) != SCRIPT:
+            raise UserError(f"--resume {args.resume}: that run was made by {saved['script']}, not by this script")
         saved["env_ids"] = tuple(saved["env_ids"])
         default = Args(**{field.name: saved[field.name] for field in fields(Args)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {args.resume}: no run of this script there ({path}: {error})") from error
-    if saved.get("script") != SCRIPT:
-        raise UserError(f"--resume {args.resume}: that run was made by {saved.get('script')}, not by this script")
     args = tyro.cli(Args, args=argv, default=default)
     changed = [k for k, v in asdict(args).items() if v != getattr(default, k) and k not in RESUMABLE]
     if changed:
@@ -1215,11 +1256,12 @@ class Logger:
         if self.csv.exists():
             whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
             rows = [row for row in whole_rows if int(row["step"]) <= step]
-        with self.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, EVAL_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step or None)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, EVAL_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_file(self.csv, text.getvalue())
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step if step > 0 else None)
         self.wandb = None
         if args.track:
             import wandb
@@ -1262,6 +1304,8 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     root = run_dir / "checkpoints"
     path, partial_path = root / str(step), root / f".partial-{step}"
     shutil.rmtree(partial_path, ignore_errors=True)
+    if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > shutil.disk_usage(run_dir).free:
+        raise OSError(errno.ENOSPC, "No space left on device")  # before Orbax's threads meet it
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
@@ -1283,6 +1327,7 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     np.save(partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy", records)
     files = {str(f.relative_to(partial_path)): checksum(f) for f in sorted(partial_path.rglob("*")) if f.is_file()}
     contents = {**counters, "replay_inserted": replay.inserted, "files": files}
+    contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
     shutil.rmtree(path, ignore_errors=True)
     partial_path.rename(path)
@@ -1297,10 +1342,13 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
+    damaged_paths = []
     for step in checkpoint_steps(run_dir):
         path = run_dir / "checkpoints" / str(step)
         try:
             counters = json.loads((path / "checkpoint.json").read_text())
+            if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+                raise ValueError("checkpoint.json does not match its checksum")
             damaged = [name for name, crc in counters["files"].items() if checksum(path / name) != crc]
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
@@ -1314,9 +1362,12 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
                 for task in range(len(records)):
                     replay.load_records(task, slots, records[task])
             replay.inserted = counters["replay_inserted"]
+            for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
+                damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
+            damaged_paths.append(path)
     raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
 
 
@@ -1365,7 +1416,7 @@ def main(args: Args) -> None:
 
     run_dir.mkdir(parents=True, exist_ok=True)
     information = {**asdict(args), "total_timesteps": total_timesteps, **run_information(tasks, envs)}
-    (run_dir / "args.json").write_text(json.dumps(information, indent=2))
+    replace_file(run_dir / "args.json", json.dumps(information, indent=2))
     critic_size, actor_size = parameter_count([state.critic, state.target_critic]), parameter_count(state.actor)
     print(f"tasks: {num_tasks}, |S| = {observation_dim}, |A| = {action_dim}; device: {information['device']}")
     print(f"parameters: {critic_size:,} in critics and targets, {actor_size:,} in the actor; run directory: {run_dir}")
@@ -1376,7 +1427,7 @@ def main(args: Args) -> None:
     stop: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
         signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    logger = Logger(args, run_dir, step)
+    logger = Logger(args, run_dir, step if args.resume else -1)
     all_envpool = args.env_backend != "gymnasium" and all(isinstance(pool, EnvPoolTask) for pool in envs.pools)
     eval_envs = ParallelEnvs(tasks, args.eval_episodes if all_envpool else 1, int(eval_seed), args.env_backend)
     task_ids = np.arange(num_tasks)
@@ -1386,86 +1437,88 @@ def main(args: Args) -> None:
     done = np.zeros(num_tasks, bool)
     observations = envs.reset()
     replay.start(observations)
-    progress = tqdm(total=total_timesteps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=total_timesteps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
 
-    while True:
-        if (step % args.eval_every == 0 or step == total_timesteps) and last_evaluation < step and not stop:
-            results = evaluate(agent, state, eval_envs, args.eval_episodes, stop)
-            if results is not None:
-                last_evaluation, wall_time = step, time.time() - started
-                rows = evaluation_rows(tasks, results, step, updates, wall_time)
-                logger.evaluation(rows)
-                values = {}
-                for column in ("return", "success", "score"):
-                    found = {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}
-                    if found:
-                        values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
-                        progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
-                logger.scalars(values, step)
-                if args.log_task_statistics and step > args.learning_starts:
-                    log_task_statistics(agent, state, replay, normalizer, tasks, run_dir, logger, step)
-                for task_id, task in enumerate(tasks if args.capture_video else []):
-                    path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
-                    try:
-                        record_video(agent, state, task, task_id, observation_dim, path)
-                    except Exception as error:  # a graphics library or a package for drawing may be missing
-                        progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
-        if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == total_timesteps or stop):
-            check_finite(metrics, run_dir, step)
-            counters = {
-                "step": step, "updates": updates, "wall_time": time.time() - started,
-                "last_evaluation": last_evaluation, "max_return": normalizer.max_return.tolist(),
-                "rng": rng.bit_generator.state,
-            }  # fmt: skip
-            try:
-                save_checkpoint(run_dir, step, state, replay, counters, args.keep_checkpoints)
-            except Exception as error:  # Orbax reports a full disk in exceptions of its own
-                if "No space left" not in str(error):
-                    raise
-                shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
-                raise UserError(
-                    f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
-                    f"then continue with --resume {run_dir}"
-                ) from error
-            last_checkpoint = step
-        if step == total_timesteps or stop:
-            break
+    with bar as progress:
+        while True:
+            if (step % args.eval_every == 0 or step == total_timesteps) and last_evaluation < step and not stop:
+                results = evaluate(agent, state, eval_envs, args.eval_episodes, stop)
+                if results is not None:
+                    last_evaluation, wall_time = step, time.time() - started
+                    rows = evaluation_rows(tasks, results, step, updates, wall_time)
+                    logger.evaluation(rows)
+                    values = {}
+                    for column in ("return", "success", "score"):
+                        found = {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}
+                        if found:
+                            values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
+                            progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
+                    logger.scalars(values, step)
+                    if args.log_task_statistics and step > args.learning_starts:
+                        log_task_statistics(agent, state, replay, normalizer, tasks, run_dir, logger, step)
+                    for task_id, task in enumerate(tasks if args.capture_video else []):
+                        path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
+                        try:
+                            record_video(agent, state, task, task_id, observation_dim, path)
+                        except Exception as error:  # a graphics library or a package for drawing may be missing
+                            progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
+            if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == total_timesteps or stop):
+                check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
+                counters = {
+                    "step": step, "updates": updates, "wall_time": time.time() - started,
+                    "last_evaluation": last_evaluation, "max_return": normalizer.max_return.tolist(),
+                    "rng": rng.bit_generator.state,
+                }  # fmt: skip
+                try:
+                    save_checkpoint(run_dir, step, state, replay, counters, args.keep_checkpoints)
+                except Exception as error:  # Orbax reports a full disk in exceptions of its own
+                    if "No space left" not in str(error):
+                        raise
+                    shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
+                    raise UserError(
+                        f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
+                        f"then continue with --resume {run_dir}"
+                    ) from error
+                last_checkpoint = step
+            if step == total_timesteps or stop:
+                break
 
-        # 1. act with the newest policy
-        if step < args.learning_starts:
-            actions = rng.uniform(-1, 1, (num_tasks, action_dim)).astype(np.float32) * envs.action_mask
-        else:
-            actions = np.asarray(agent.act(state.actor, state.critic, act_key, step, observations, task_ids))
-        envs.send(actions)
-        # 2. while the environments step, the device updates
-        if step >= args.learning_starts:
-            batches = replay.sample(rng, args.utd, args.batch_size)
-            state, metrics = agent.update(state, batches, normalizer.max_return)
-            updates += args.utd
-        # 3. receive and store; the step after done was a reset, not a transition
-        observations, rewards, terminated, truncated, _ = envs.recv()
-        valid, done = ~done, ~done & (terminated | truncated)
-        replay.insert(actions, rewards, terminated, valid, observations)
-        bootstrap = None
-        if args.truncation_bootstrap == "critic" and (truncated & valid).any():
-            bootstrap = np.asarray(agent.value(state, observations, normalizer.max_return))
-        normalizer.update(rewards, terminated, truncated, valid, bootstrap)
-        step += 1
-        progress.update()
+            # 1. act with the newest policy
+            if step < args.learning_starts:
+                actions = rng.uniform(-1, 1, (num_tasks, action_dim)).astype(np.float32) * envs.action_mask
+            else:
+                actions = np.asarray(agent.act(state.actor, state.critic, act_key, step, observations, task_ids))
+            envs.send(actions)
+            # 2. while the environments step, the device updates
+            if step >= args.learning_starts:
+                batches = replay.sample(rng, args.utd, args.batch_size)
+                state, metrics = agent.update(state, batches, normalizer.max_return)
+                updates += args.utd
+            # 3. receive and store; the step after done was a reset, not a transition
+            observations, rewards, terminated, truncated, _ = envs.recv()
+            for task in np.flatnonzero(~(np.isfinite(rewards) & np.isfinite(observations).all(axis=1))):
+                check_finite({f"observation or reward of {tasks[task]}": np.nan}, run_dir, step)
+            valid, done = ~done, ~done & (terminated | truncated)
+            replay.insert(actions, rewards, terminated, valid, observations)
+            bootstrap = None
+            if args.truncation_bootstrap == "critic" and (truncated & valid).any():
+                bootstrap = np.asarray(agent.value(state, observations, normalizer.max_return))
+            normalizer.update(rewards, terminated, truncated, valid, bootstrap)
+            step += 1
+            progress.update()
 
-        episode_return += np.where(valid, rewards, 0)
-        for task in np.flatnonzero(done):
-            train_returns[f"train/return/{tasks[task]}"] = episode_return[task]
-            episode_return[task] = 0
-        if step % LOG_EVERY == 0:
-            check_finite(metrics, run_dir, step)
-            now = time.time()
-            values = {f"normalizer/{task}": g for task, g in zip(tasks, normalizer.max_return, strict=True)}
-            values["speed/steps_per_second"] = (step - last_log[1]) / (now - last_log[0])
-            logger.scalars({**(metrics or {}), **train_returns, **values, "updates": updates}, step)
-            train_returns, last_log = {}, (now, step)
+            episode_return += np.where(valid, rewards, 0)
+            for task in np.flatnonzero(done):
+                train_returns[f"train/return/{tasks[task]}"] = episode_return[task]
+                episode_return[task] = 0
+            if step % LOG_EVERY == 0:
+                check_finite(metrics, run_dir, step)
+                now = time.time()
+                values = {f"normalizer/{task}": g for task, g in zip(tasks, normalizer.max_return, strict=True)}
+                values["speed/steps_per_second"] = (step - last_log[1]) / (now - last_log[0])
+                logger.scalars({**(metrics or {}), **train_returns, **values, "updates": updates}, step)
+                train_returns, last_log = {}, (now, step)
 
-    progress.close()
     if args.save_replay:
         save_replay(run_dir / "replay", replay, tasks, envs)
     logger.close()
@@ -1522,5 +1575,5 @@ if __name__ == "__main__":
             message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        print(f"\nerror: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

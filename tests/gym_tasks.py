@@ -1,0 +1,189 @@
+"""Small Gymnasium environments with known rewards, known ends and known faults, as `gym/gym_tasks:<Id>-v0`.
+
+A process that runs them needs this directory in PYTHONPATH; see `test_cli.environment`.
+"""
+
+import os
+import signal
+import time
+
+import gymnasium as gym
+import numpy as np
+
+
+class Counter(gym.Env):
+    """Ends after `length` steps. Step t = 1, 2, ... of episode e = 0, 1, ... pays t + 10 e and shows [e, t, action].
+
+    With success_at, info holds success 1.0 at step success_at of odd episodes and 0.0 at every other step.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, length: int, ends: str, success_at: int = 0, size: int = 3, actions: int = 1, render_mode=None):
+        self.length, self.ends, self.success_at, self.render_mode = length, ends, success_at, render_mode
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (actions,), np.float32)
+        self.episode, self.t, self.steps = -1, 0, 0
+
+    def observation(self, action: float = 0.0) -> np.ndarray:
+        observation = np.full(self.observation_space.shape, 7.0, np.float32)
+        observation[:3] = self.episode, self.t, action
+        return observation
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self.observation(), {}
+
+    def step(self, action):
+        assert action.shape == self.action_space.shape, f"action of shape {action.shape}"
+        self.t, self.steps = self.t + 1, self.steps + 1
+        over = self.t == self.length
+        info = {"success": float(self.episode % 2 == 1 and self.t == self.success_at)} if self.success_at else {}
+        terminated, truncated = over and self.ends == "terminated", over and self.ends == "truncated"
+        return self.observation(action[0]), float(self.t + 10 * self.episode), terminated, truncated, info
+
+    def render(self) -> np.ndarray:
+        """A white bar that grows with t on black."""
+        frame = np.zeros((64, 64, 3), np.uint8)
+        frame[:, : 64 * self.t // self.length] = 255
+        return frame
+
+
+class Slow(Counter):
+    """5 ms a step: long enough for an update to run beside it."""
+
+    def step(self, action):
+        time.sleep(0.005)
+        return super().step(action)
+
+
+class Raises(Counter):
+    def step(self, action):
+        if self.steps == 20:
+            raise RuntimeError("the arm fell off")
+        return super().step(action)
+
+
+class Killed(Counter):
+    """Its process dies as the kernel's out-of-memory killer would end it."""
+
+    def step(self, action):
+        if self.steps == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class BadReward(Counter):
+    """Pays `bad` at its 161st step; evaluation's copies never get that far."""
+
+    def __init__(self, bad: float, render_mode=None):
+        super().__init__(10, "truncated")
+        self.bad = bad
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, self.bad if self.steps == 161 else reward, terminated, truncated, info
+
+
+class Point(gym.Env):
+    """A point in [-1, 1]^2 that a velocity moves for 25 steps; the goal is not observed, only the task tells it.
+
+    Reward 1 at the goal and less with the distance, exp(-3 |x - goal|), so an episode's return is at most 25.
+    """
+
+    def __init__(self, goal: tuple[float, float], render_mode=None):
+        self.goal = np.array(goal)
+        self.observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.uniform(-0.2, 0.2, 2), 0
+        return self.x.astype(np.float32), {}
+
+    def step(self, action):
+        self.x, self.t = np.clip(self.x + 0.25 * np.clip(action, -1, 1), -1, 1), self.t + 1
+        reward = float(np.exp(-3 * np.linalg.norm(self.x - self.goal)))
+        return self.x.astype(np.float32), reward, False, self.t == 25, {}
+
+
+class Spaces(gym.Env):
+    """Any spaces; shows samples, and as `last_action` what reached it."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, render_mode=None):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.last_action = action
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def box(*shape: int) -> gym.spaces.Box:
+    return gym.spaces.Box(-1.0, 1.0, shape, np.float32)
+
+
+class Plain(Spaces):
+    """Knows nothing of render modes, as Gymnasium allows."""
+
+    def __init__(self):
+        super().__init__(box(2), box(1))
+
+
+class Ordered(Spaces):
+    """A Dict observation whose parts are told apart by their values: b is 1, 2, 3, 4 and a is 5, 6."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(gym.spaces.Dict({"b": box(2, 2), "a": box(2)}), box(1))
+
+    def reset(self, *, seed=None, options=None):
+        return {"b": np.float32([[1, 2], [3, 4]]), "a": np.float32([5, 6])}, {}
+
+
+class Goal(Spaces):
+    """The observation of Gymnasium-Robotics' goal environments: 1, 2, 3, desired goal 4, 5, achieved goal 6, 7."""
+
+    def __init__(self, render_mode=None):
+        parts = {"achieved_goal": box(2), "desired_goal": box(2), "observation": box(3)}
+        super().__init__(gym.spaces.Dict(parts), box(1))
+
+    def reset(self, *, seed=None, options=None):
+        parts = {"achieved_goal": [6, 7], "desired_goal": [4, 5], "observation": [1, 2, 3]}
+        return {key: np.float32(value) for key, value in parts.items()}, {}
+
+
+REGISTERED = {
+    "Terminates5": (Counter, {"length": 5, "ends": "terminated"}),
+    "Truncates3": (Counter, {"length": 3, "ends": "truncated", "success_at": 2, "size": 6, "actions": 2}),
+    "Truncates20": (Counter, {"length": 20, "ends": "truncated"}),
+    "Slow": (Slow, {"length": 20, "ends": "truncated"}),
+    "Raises": (Raises, {"length": 5, "ends": "terminated"}),
+    "Killed": (Killed, {"length": 5, "ends": "terminated"}),
+    "InfReward": (BadReward, {"bad": np.inf}),
+    "NaNReward": (BadReward, {"bad": np.nan}),
+    "PointRight": (Point, {"goal": (0.7, 0.4)}),
+    "PointLeft": (Point, {"goal": (-0.7, -0.4)}),
+    "Plain": (Plain, {}),
+    "Ordered": (Ordered, {}),
+    "Goal": (Goal, {}),
+    "DiscreteAction": (Spaces, {"observation_space": box(2), "action_space": gym.spaces.Discrete(3)}),
+    "DiscreteObservation": (Spaces, {"observation_space": gym.spaces.Discrete(3), "action_space": box(1)}),
+    "Image": (Spaces, {"observation_space": box(8, 8, 3), "action_space": box(1)}),
+    "UnboundedAction": (
+        Spaces,
+        {"observation_space": box(2), "action_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)},
+    ),
+    "ScaledAction": (
+        Spaces,
+        {
+            "observation_space": box(2),
+            "action_space": gym.spaces.Box(np.array([-3.0, 0.0]), np.array([5.0, 10.0]), dtype=np.float64),
+        },
+    ),
+}
+for name, (entry_point, kwargs) in REGISTERED.items():
+    gym.register(f"{name}-v0", entry_point, kwargs=kwargs, disable_env_checker=True)

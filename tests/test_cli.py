@@ -1,0 +1,1000 @@
+"""The command line: files of a run, user errors, kill and resume, damaged checkpoints, full disk, reproducibility.
+
+Runs are processes of their own where a signal, an exit status or a hang is what counts. Elsewhere `command_line` and
+`train` call the script in this process, which saves the 10 s of importing JAX.
+"""
+
+import csv
+import ctypes
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
+
+import brc_sac_continuous as brc
+
+TESTS = Path(__file__).resolve().parent
+SCRIPT = TESTS.parent / "brc_sac_continuous.py"
+SMALL = """--critic-width 32 --critic-depth 1 --actor-width 32 --batch-size 32 --eval-episodes 1""".split()
+NO_UPDATES = ["--learning-starts", "1000000"]  # nothing to compile but the policy
+REACH, PUSH = "metaworld/reach", "metaworld/push"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Environment variables of a run: finds `gym_tasks`, stays on the CPU and shares compiled code with other runs."""
+    return os.environ | {
+        "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compiled_code(environment):
+    """Runs in this process use the processes' cache of compiled code too: most runs here compile the same agent."""
+    settings = {
+        "jax_compilation_cache_dir": environment["JAX_COMPILATION_CACHE_DIR"],
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope="module")
+def run(environment):
+    """run(*arguments): the finished process of the script, with its output; fails when it does not end."""
+
+    def run(*arguments, seconds: float = 400, **variables: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        return subprocess.run(
+            command, env=environment | variables, capture_output=True, text=True, timeout=seconds, cwd=TESTS.parent
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """`main` sets handlers of SIGINT and SIGTERM; here they must not outlive the test."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def command_line(monkeypatch, capfd):
+    """command_line(*arguments): exit status and standard error of the script, run as __main__ in this process."""
+
+    def command_line(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+        return status, capfd.readouterr().err
+
+    return command_line
+
+
+def train(*arguments) -> None:
+    """The script in this process, on this module's import of it; UserError comes through."""
+    brc.main(brc.parse_args([str(argument) for argument in arguments]))
+
+
+def curve(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "eval.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def counters(run_dir: Path, step: int | str) -> dict:
+    return json.loads((run_dir / "checkpoints" / str(step) / "checkpoint.json").read_text())
+
+
+def zero_state(args: brc.Args, num_tasks: int, observation_dim: int, action_dim: int) -> brc.AgentState:
+    """An agent's state in shape and type only, which needs no compilation."""
+    agent = brc.make_agent(args, num_tasks, observation_dim, action_dim)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: agent.init(0)))
+
+
+def restored(run_dir: Path) -> tuple[brc.AgentState, brc.Replay, dict]:
+    """Newest good checkpoint of a run."""
+    saved = json.loads((run_dir / "args.json").read_text())
+    args = brc.Args(**{name: saved[name] for name in asdict(brc.Args())})
+    sizes = [saved["env_info"][name] for name in ("num_tasks", "observation_dim", "action_dim")]
+    replay = brc.Replay(sizes[0], min(args.buffer_size, max(args.total_timesteps, 1) + 1000), *sizes[1:])
+    state, loaded = brc.load_checkpoint(run_dir, zero_state(args, *sizes), replay)
+    return state, replay, loaded
+
+
+def assert_same(one, other) -> None:
+    """Bit for bit: two AgentStates, or two Replays."""
+    if isinstance(one, brc.Replay):
+        one, other = vars(one), vars(other)
+    leaves, others = jax.tree.leaves_with_path(one), jax.tree.leaves(other)
+    assert len(leaves) == len(others)
+    for (path, leaf), counterpart in zip(leaves, others, strict=True):
+        leaf, counterpart = np.asarray(leaf), np.asarray(counterpart)
+        assert leaf.dtype == counterpart.dtype and leaf.shape == counterpart.shape, jax.tree_util.keystr(path)
+        assert leaf.tobytes() == counterpart.tobytes(), f"{jax.tree_util.keystr(path)} differs"
+
+
+def error_line(stderr: str) -> str:
+    """The one line that a user sees; progress bars and warnings about checkpoints may come before it."""
+    assert "Traceback" not in stderr and "Exception ignored" not in stderr, stderr
+    lines = [line for line in re.split(r"[\r\n]", stderr) if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    assert stderr.rstrip().endswith(lines[0]), f"something follows the error:\n{stderr}"
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------- --total-timesteps 0
+
+
+def test_zero_timesteps_builds_everything_and_exits(run, tmp_path):
+    result = run(
+        *("--env-ids", "dmc/cartpole-swingup", REACH, "--total-timesteps", 0, "--critic-width", 48, "--seed", 5),
+        *("--run-root", tmp_path, "--exp-name", "zero"),
+    )
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = tmp_path.iterdir()
+    assert re.fullmatch(r"dmc-cartpole-swingup__zero__5__\d{10}", run_dir.name)
+    assert [path.name for path in run_dir.iterdir()] == ["args.json"]
+
+    saved = json.loads((run_dir / "args.json").read_text())
+    args = brc.Args(
+        env_ids=("dmc/cartpole-swingup", REACH), total_timesteps=0, critic_width=48, seed=5, run_root=str(tmp_path),
+        exp_name="zero",
+    )  # fmt: skip
+    assert {name: saved[name] for name in asdict(args)} == {**asdict(args), "env_ids": list(args.env_ids)}
+    info = {"num_tasks": 2, "task_names": list(args.env_ids), "observation_dim": 39, "action_dim": 4}
+    assert {name: saved["env_info"][name] for name in info} == info
+    assert saved["device"] == jax.devices("cpu")[0].device_kind and "git_commit" in saved
+    for package in ("jax", "envpool", "mujoco", "python"):
+        assert re.match(r"\d+\.\d+", saved["versions"][package]), package
+    assert saved["versions"]["jax"] == jax.__version__
+
+    state = zero_state(args, 2, 39, 4)
+    for part in ([state.critic, state.target_critic], state.actor):
+        assert f"{brc.parameter_count(part):,}" in result.stdout
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """A run with everything on: its process and its directory. 600 steps of two tasks, updates from step 100."""
+    root = tmp_path_factory.mktemp("runs")
+    result = run(
+        *("--env-ids", "dmc/cartpole-swingup", REACH, *SMALL, "--eval-episodes", 2, "--total-timesteps", 600),
+        *("--learning-starts", 100, "--eval-every", 400, "--checkpoint-every", 150, "--keep-checkpoints", 2),
+        *("--save-replay", "--log-task-statistics", "--track", "--run-root", root, "--run-name", "whole", "--utd", 1),
+    )
+    assert result.returncode == 0, result.stderr
+    return result, root / "whole"
+
+
+def test_eval_csv(finished):
+    _, run_dir = finished
+    header = (run_dir / "eval.csv").read_text().splitlines()[0]
+    assert header == "step,updates,wall_time,task,episodes,return,success,score"
+    rows = curve(run_dir)
+    steps = [(row["step"], row["updates"], row["task"]) for row in rows]
+    assert steps == [
+        (step, updates, task)
+        for step, updates in (("0", "0"), ("400", "300"), ("600", "500"))  # utd 1 from step 100
+        for task in ("dmc/cartpole-swingup", REACH)
+    ]
+    times = [float(row["wall_time"]) for row in rows]
+    assert times == sorted(times) and times[-1] > 0
+    for row in rows:
+        assert row["episodes"] == "2"
+        if row["task"] == REACH:
+            assert row["success"] in ("0.0", "0.5", "1.0") and row["score"] == row["success"]
+        else:
+            assert row["success"] == ""
+            assert 0 <= float(row["return"]) <= 1000
+            assert float(row["score"]) == pytest.approx(float(row["return"]) / 1000, abs=1e-5)
+
+
+def test_tensorboard(finished):
+    _, run_dir = finished
+    (path,) = run_dir.glob("events.out.tfevents.*")
+    data, values = path.read_bytes(), {}
+    while data:  # records: length, its checksum, event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, value.simple_value))
+    expected = """losses/critic losses/actor losses/temperature gradient_norms/critic gradient_norms/actor
+        policy/entropy policy/temperature train/return/metaworld/reach normalizer/metaworld/reach
+        normalizer/dmc/cartpole-swingup speed/steps_per_second eval/mean_return eval/mean_score
+        tasks/td_loss/metaworld/reach
+        tasks/gradient_norm/dmc/cartpole-swingup tasks/entropy/metaworld/reach relative_variance/td_loss
+        gradient_conflict_rate""".split()
+    assert [tag for tag in expected if tag not in values] == []
+    assert all(math.isfinite(value) for points in values.values() for _, value in points)
+    assert [step for step, _ in values["eval/mean_return"]] == [0, 400, 600]
+    mean = np.mean([float(row["return"]) for row in curve(run_dir)[-2:]])
+    assert values["eval/mean_return"][-1][1] == pytest.approx(mean, rel=1e-4)
+
+
+def test_checkpoints_are_kept_and_complete(finished):
+    _, run_dir = finished
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["450", "600"]
+    newest = counters(run_dir, 600)
+    assert (newest["step"], newest["updates"], newest["replay_inserted"]) == (600, 500, 600)
+    _, replay, loaded = restored(run_dir)
+    assert loaded["step"] == 600 and replay.size == 600
+
+
+def test_saved_replay_is_what_happened(finished):
+    """One record a step; a valid record's next observation is in the next record; resets are marked invalid."""
+    _, run_dir = finished
+    _, replay, _ = restored(run_dir)
+    assert sorted(path.name for path in (run_dir / "replay").iterdir()) == [
+        "dmc-cartpole-swingup.npy", "metaworld-reach.npy",
+    ]  # fmt: skip
+    for task, (name, observation_dim, action_dim) in enumerate(
+        [("dmc-cartpole-swingup", 5, 1), ("metaworld-reach", 39, 4)]
+    ):
+        records = np.load(run_dir / "replay" / f"{name}.npy", allow_pickle=False)
+        assert records.shape == (601,)  # the last record holds the observation that step 600 led to
+        assert records["observation"].shape[1:] == (observation_dim,) and records["action"].shape[1:] == (action_dim,)
+        resets = [200, 401] if name == "metaworld-reach" else []  # after the final observations of 200-step episodes
+        assert np.flatnonzero(~records["valid"]).tolist() == [*resets, 600]
+        assert not records["terminated"].any()
+        assert (np.abs(records["action"]) <= 1).all() and records["action"][:600].std(axis=0).min() > 0.1
+        assert np.array_equal(records["observation"], replay.observations[task, :601, :observation_dim])
+        assert np.array_equal(records["reward"][:600], replay.rewards[task, :600])
+        assert (records["reward"][records["valid"]] != 0).any()
+    hand = records["observation"][:, :3]  # moves by little in a step, but jumps at a reset
+    jumps = np.abs(np.diff(hand, axis=0)).max(axis=1)
+    assert jumps[records["valid"][:-1]].max() < 0.05
+
+
+def test_task_statistics(finished):
+    _, run_dir = finished
+    paths = sorted(path.name for path in (run_dir / "statistics").iterdir())
+    assert paths == ["400.npz", "600.npz"]  # none at step 0, before learning
+    with np.load(run_dir / "statistics" / "600.npz", allow_pickle=False) as arrays:
+        assert arrays["task"].tolist() == ["dmc/cartpole-swingup", REACH]
+        for name in ("td_loss", "gradient_norm", "entropy"):
+            assert arrays[name].shape == (2,) and np.isfinite(arrays[name]).all()
+        assert (arrays["td_loss"] > 0).all() and (arrays["gradient_norm"] > 0).all()
+        np.testing.assert_allclose(np.diagonal(arrays["gradient_cosine"]), 1, atol=1e-3)
+        assert abs(arrays["gradient_cosine"][0, 1]) <= 1
+        np.testing.assert_allclose(np.abs(arrays["embedding"]).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_final_table(finished):
+    result, run_dir = finished
+    rows = curve(run_dir)[-2:]
+    for row in rows:
+        (line,) = (line for line in result.stdout.splitlines() if line.startswith(row["task"]))
+        assert f"{float(row['return']):.1f}" in line and row["score"] in line
+    mean = np.mean([float(row["score"]) for row in rows])
+    assert any(line.startswith("mean") and f"{mean:.3f}" in line for line in result.stdout.splitlines())
+
+
+def test_weights_and_biases_offline(finished):
+    _, run_dir = finished
+    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert path.stat().st_size > 1000
+
+
+def test_video(tmp_path):
+    """Evaluation episodes as films: as many frames as promised, and what they show changes."""
+    imageio = pytest.importorskip("imageio.v3")
+    train(
+        *("--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 1, "--capture-video"),
+        *("--run-root", tmp_path, "--run-name", "video"),
+    )
+    videos = sorted((tmp_path / "video" / "videos").iterdir())
+    assert [path.name for path in videos] == [f"gym-gym_tasks-Truncates20-v0-{step}.mp4" for step in (0, 1)]
+    frames = imageio.imread(videos[0])
+    assert frames.shape in ((10, 64, 64, 3), (11, 64, 64, 3))  # every second of 20, or of 21 with the reset's
+    brightness = frames.mean(axis=(1, 2, 3))
+    assert (np.diff(brightness) > 5).all(), "the bar must grow from frame to frame"
+
+
+def test_video_that_cannot_be_drawn_does_not_end_the_run(tmp_path, capfd):
+    train(
+        *("--env-ids", "gym/gym_tasks:PointLeft-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 1, "--capture-video"),
+        *("--run-root", tmp_path, "--run-name", "video"),
+    )
+    assert "warning: no video of gym/gym_tasks:PointLeft-v0" in capfd.readouterr().err
+    assert [row["step"] for row in curve(tmp_path / "video")] == ["0", "1"]
+
+
+DRAW = """
+import sys, numpy as np, brc_sac_continuous as brc
+frames = {}
+for task in ("dmc/cartpole-swingup", "metaworld/reach"):
+    env = brc.make_env(task, render_mode="rgb_array")
+    env.reset(seed=0)
+    render = brc.frame_renderer(env)
+    first = render()
+    for _ in range(15):
+        env.step(np.ones(env.action_space.shape, np.float32))
+    frames[task.replace("/", "-")] = np.stack([first, render()])
+np.savez(sys.argv[1], **frames)
+"""
+
+
+def test_frames_are_drawn_without_a_display(environment, tmp_path):
+    variables = {name: value for name, value in environment.items() if name != "DISPLAY"}
+    variables |= {"MUJOCO_GL": "egl", "PYTHONPATH": str(SCRIPT.parent)}
+    path = tmp_path / "frames.npz"
+    process = subprocess.run([sys.executable, "-c", DRAW, path], env=variables, capture_output=True, text=True)
+    if process.returncode and re.search(r"\bE?GL\b|OpenGL", process.stderr):
+        pytest.skip(f"no headless OpenGL here: {process.stderr.strip().splitlines()[-1]}")
+    assert process.returncode == 0, process.stderr
+    with np.load(path) as frames:
+        for task, (first, last) in frames.items():
+            assert first.dtype == np.uint8 and first.shape[2] == 3, task
+            assert first.std() > 10, f"{task}: an empty frame"
+            assert np.abs(first.astype(int) - last).max() > 50, f"{task}: nothing moved"
+
+
+# ---------------------------------------------------------------------------------------------------- user errors
+
+TASK = ["--env-ids", REACH]
+USER_ERRORS = {  # arguments, and what the line must name
+    "unknown task": (["--env-ids", "dmc/walker-fly"], "dmc/walker-fly", "walker-walk"),
+    "unknown family": (["--env-ids", "mujoco/Ant-v5"], "mujoco/Ant-v5", "metaworld", "gym"),
+    "no family": (["--env-ids", "walker-walk"], "walker-walk", "dmc"),
+    "family alone": (["--env-ids", "gym/"], "gym/", "metaworld"),
+    "unknown suite": (["--suite", "atari100k"], "atari100k", "dmc-dogs", "mw-dmc"),
+    "task twice": (["--env-ids", REACH, PUSH, REACH], "twice"),
+    "suite and tasks": (["--env-ids", REACH, "--suite", "dmc-dogs"], "--suite", "--env-ids"),
+    "no tasks": ([], "--env-ids", "--suite", "dmc-dogs"),
+    "missing package": (["--env-ids", "humanoidbench/h1-walk", "--total-timesteps", "0"], brc.INSTALL["humanoidbench"]),
+    "unknown gym id": (["--env-ids", "gym/NoSuchTask-v0"], "NoSuchTask"),
+    "backend": (["--env-ids", "gym/Pendulum-v1", "--env-backend", "envpool"], "gym/Pendulum-v1", "--env-backend"),
+    "resume nothing": (["--resume", "/nowhere/run"], "/nowhere/run"),
+}  # fmt: skip
+BAD_NUMBERS = """--total-timesteps -1; --learning-starts -5; --eval-every 0; --eval-episodes 0; --checkpoint-every 0;
+--keep-checkpoints 0; --discount 1; --discount 1.5; --discount -0.1; --discount nan; --batch-size 0; --batch-size -32;
+--utd 0; --buffer-size 0; --polyak-tau 1.5; --polyak-tau -0.1; --actor-lr -1; --actor-lr nan; --critic-lr inf;
+--temperature-lr nan; --weight-decay -1; --initial-temperature 0; --initial-temperature nan; --num-atoms 1; --v-max nan;
+--v-max -20; --v-min 10; --v-min -inf; --critic-width 0; --critic-depth -1; --num-critics 0; --actor-width -1;
+--embedding-size 0; --seed -1; --seed 4294967296; --target-entropy nan; --target-entropy inf"""
+
+
+@pytest.mark.parametrize("name", USER_ERRORS)
+def test_user_errors(name, command_line, tmp_path, monkeypatch):
+    arguments, *expected = USER_ERRORS[name]
+    if name == "missing package" and "humanoid_bench" in sys.modules:
+        pytest.skip("humanoid_bench is installed")
+    monkeypatch.chdir(tmp_path)
+    status, stderr = command_line(*arguments)
+    assert status == 2
+    line = error_line(stderr)
+    assert [text for text in expected if text not in line] == []
+    assert list(tmp_path.iterdir()) == [], "an error must leave nothing behind"
+
+
+@pytest.mark.parametrize("flag", [flag.strip() for flag in BAD_NUMBERS.split(";")])
+def test_numbers_out_of_range(flag, command_line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, value = flag.split()
+    unless = ["--total-timesteps=0", "--critic-width=16"]  # quick, should the number be accepted
+    status, stderr = command_line(*TASK, f"{name}={value}", *(other for other in unless if name not in other))
+    assert status == 2
+    assert name in error_line(stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--batch-size abc", "--batch-size 1.5", "--discount high", "--critic-arch resnet", "--env-backend brax",
+     "--no-such-flag 1", "--total-timesteps 1e6"],
+)  # fmt: skip
+def test_wrong_types_and_flags(flag, command_line):
+    status, stderr = command_line(*TASK, *flag.split())
+    assert status == 2
+    assert "Traceback" not in stderr
+    assert flag.split()[0] in stderr
+
+
+def test_replay_larger_than_memory(command_line, tmp_path):
+    status, stderr = command_line(
+        *(*TASK, "--total-timesteps", 10**12, "--buffer-size", 10**12, "--critic-width", 16, "--run-root", tmp_path)
+    )
+    assert status == 2
+    assert "memory" in error_line(stderr) and "--buffer-size" in stderr
+
+
+def test_errors_of_a_real_process(run, tmp_path):
+    result = run("--env-ids", "dmc/walker-fly", "--run-root", tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.strip().startswith("error: ") and "\n" not in result.stderr.strip()
+
+
+def test_run_root_that_is_a_file(command_line, tmp_path):
+    (tmp_path / "file").touch()
+    status, stderr = command_line(
+        *(*TASK, "--total-timesteps", 0, "--critic-width", 16, "--run-root", tmp_path / "file")
+    )
+    assert status == 2
+    assert str(tmp_path / "file") in error_line(stderr)
+
+
+@pytest.fixture(scope="module", params=["Raises", "Killed"])
+def failed(request, run, tmp_path_factory) -> tuple[str, subprocess.CompletedProcess]:
+    """A run whose environment fails at its 21st step."""
+    task, root = f"gym/gym_tasks:{request.param}-v0", tmp_path_factory.mktemp("failed")
+    return task, run("--env-ids", task, *SMALL, *NO_UPDATES, "--total-timesteps", 1000, "--run-root", root, seconds=240)
+
+
+def test_failing_environment_ends_the_run(failed):
+    task, result = failed
+    assert result.returncode == 2
+    (line,) = (line for line in re.split(r"[\r\n]", result.stderr) if line.startswith("error: "))
+    assert task in line
+
+
+def test_failing_environment_is_one_line(failed):
+    error_line(failed[1].stderr)
+
+
+def test_run_name_that_is_taken(finished, command_line):
+    _, run_dir = finished
+    before = (run_dir / "eval.csv").read_bytes()
+    status, stderr = command_line(*TASK, "--run-root", run_dir.parent, "--run-name", run_dir.name)
+    assert status == 2
+    assert f"--resume {run_dir}" in error_line(stderr) and "--run-name" in stderr
+    assert (run_dir / "eval.csv").read_bytes() == before
+
+
+def test_run_name_of_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    """Either an error, or a new run whose curve holds no row of the old one."""
+    arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 3]
+    train(*arguments, "--run-root", tmp_path, "--run-name", "taken")
+    shutil.rmtree(tmp_path / "taken" / "checkpoints")
+    try:
+        train(*arguments, "--run-root", tmp_path, "--run-name", "taken")
+    except brc.UserError as error:
+        assert "taken" in str(error)
+    assert [row["step"] for row in curve(tmp_path / "taken")] == ["0", "3"]
+
+
+# --------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished run that a test may change."""
+    shutil.copytree(finished[1], tmp_path / "copy", ignore=shutil.ignore_patterns("wandb", "replay.npy"))
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--seed 9", "--critic-width 64", "--env-ids dmc/walker-walk", "--discount 0.9", "--suite dmc-dogs",
+     "--learning-starts 7", "--run-root elsewhere", "--critic-loss mse", "--no-normalize-returns"],
+)  # fmt: skip
+def test_resume_refuses_other_arguments(change, copied, command_line):
+    before = (copied / "args.json").read_bytes()
+    status, stderr = command_line("--resume", copied, *change.split())
+    assert status == 2
+    assert change.split()[0].replace("--no-", "--") in error_line(stderr)
+    assert (copied / "args.json").read_bytes() == before
+
+
+def test_resume_of_another_scripts_run(copied, command_line):
+    saved = json.loads((copied / "args.json").read_text())
+    (copied / "args.json").write_text(json.dumps({**saved, "script": "brc_offline_bc"}))
+    status, stderr = command_line("--resume", copied)
+    assert status == 2
+    assert "brc_offline_bc" in error_line(stderr)
+
+
+def test_resume_of_another_scripts_run_with_arguments_of_its_own(copied, command_line):
+    saved = {"script": "brc_drq_atari", "suite": "atari", "seed": 1}
+    (copied / "args.json").write_text(json.dumps(saved))
+    status, stderr = command_line("--resume", copied)
+    assert status == 2
+    assert "brc_drq_atari" in error_line(stderr)
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 1', "[]", "null", '{"env_ids": 3}'])
+def test_resume_of_damaged_arguments(content, copied, command_line):
+    (copied / "args.json").write_text(content)
+    status, stderr = command_line("--resume", copied)
+    assert status == 2
+    assert str(copied) in error_line(stderr)
+
+
+def test_resume_without_any_good_checkpoint(copied, command_line):
+    for path in (copied / "checkpoints").glob("*/checkpoint.json"):
+        path.unlink()
+    before = (copied / "eval.csv").read_bytes()
+    status, stderr = command_line("--resume", copied)
+    assert status == 2
+    assert "no undamaged checkpoint" in error_line(stderr)
+    assert (copied / "eval.csv").read_bytes() == before, "the curve of the run must survive"
+
+
+def test_resume_to_fewer_steps_than_done(copied):
+    """Must not train on past the end for ever."""
+
+    def too_long(signum, frame):
+        raise TimeoutError("still training past --total-timesteps")
+
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        train("--resume", copied, "--total-timesteps", 500)
+    except brc.UserError as error:
+        assert "--total-timesteps" in str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    assert brc.checkpoint_steps(copied)[0] == 600
+
+
+def test_resume_of_a_finished_run_says_so(copied):
+    before = (copied / "eval.csv").read_bytes()
+    with pytest.raises(brc.UserError, match="finished.*--total-timesteps"):
+        train("--resume", copied)
+    assert (copied / "eval.csv").read_bytes() == before
+    assert brc.checkpoint_steps(copied) == [600, 450]
+
+
+def test_resume_continues_normalizer_replay_and_counters(tmp_path):
+    """The environment pays 10 e more in episode e, and starts again with e = 0 in a new process."""
+    arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--eval-every", 1000]
+    train(*arguments, "--total-timesteps", 150, "--run-root", tmp_path, "--run-name", "run")
+    run_dir = tmp_path / "run"
+    before, (_, replay_before, _) = counters(run_dir, 150), restored(run_dir)
+    assert before["max_return"][0] > 20 + 10 * 5, "the sixth episode's rewards must count"
+    train("--resume", run_dir, "--total-timesteps", 170)
+    after, (_, replay_after, _) = counters(run_dir, 170), restored(run_dir)
+    assert after["step"] == 170 and after["wall_time"] > before["wall_time"]
+    assert after["max_return"] == before["max_return"], "20 low-paid steps must not have lowered or forgotten G"
+    assert after["rng"] != before["rng"]
+    assert replay_after.inserted == 150 + 1 + 20, "one slot ends the interrupted episode"
+    np.testing.assert_array_equal(replay_after.rewards[0, :150], replay_before.rewards[0, :150])
+    assert replay_after.valid[0, 149] and not replay_after.valid[0, 150] and replay_after.valid[0, 151]
+    assert replay_after.observations[0, 151, :2].tolist() == [0, 0], "a first observation follows"
+
+
+def started(run_dir_arguments, environment, log: Path) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *map(str, run_dir_arguments)]
+    with log.open("w") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def wait_for_checkpoint(run_dir: Path, step: int, process: subprocess.Popen, log: Path, seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not (found := brc.checkpoint_steps(run_dir)) or found[0] < step:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+
+
+def test_kill_then_terminate_then_finish(environment, run, tmp_path):
+    """kill -9 after a checkpoint, resume; SIGTERM, resume; the run ends as if nothing had happened."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [
+        *("--env-ids", REACH, PUSH, *SMALL, "--total-timesteps", 1500, "--learning-starts", 100, "--eval-every", 150),
+        *("--checkpoint-every", 100, "--run-root", tmp_path, "--run-name", "run"),
+    ]
+    process = started(arguments, environment, log)
+    wait_for_checkpoint(run_dir, 200, process, log)
+    process.kill()
+    process.wait()
+    killed_at = brc.checkpoint_steps(run_dir)[0]
+    assert killed_at < 1500, "finished before it could be killed"
+    args_before = json.loads((run_dir / "args.json").read_text())
+
+    process = started(["--resume", run_dir], environment, log)
+    wait_for_checkpoint(run_dir, killed_at + 200, process, log)
+    process.terminate()
+    assert process.wait(timeout=120) == 0, log.read_text()
+    stopped_at = brc.checkpoint_steps(run_dir)[0]
+    assert killed_at < stopped_at < 1500
+    assert f"resumed {run_dir} at step {killed_at:,}" in log.read_text()
+    assert re.search(rf"^stopped at step {stopped_at:,}.*--resume {run_dir}$", log.read_text(), re.MULTILINE)
+    assert "Traceback" not in log.read_text()
+    stopped = counters(run_dir, stopped_at)
+    assert (stopped["step"], stopped["updates"]) == (stopped_at, 2 * (stopped_at - 100))
+
+    result = run("--resume", run_dir)
+    assert result.returncode == 0, result.stderr
+    rows = curve(run_dir)
+    assert [(row["step"], row["task"]) for row in rows] == [
+        (str(step), task) for step in range(0, 1501, 150) for task in (REACH, PUSH)
+    ]
+    assert [int(row["updates"]) for row in rows] == [2 * max(int(row["step"]) - 100, 0) for row in rows]
+    times = [float(row["wall_time"]) for row in rows]
+    assert times == sorted(times)
+    assert counters(run_dir, 1500)["wall_time"] >= times[-1] - 0.01  # rounded
+    args_after = json.loads((run_dir / "args.json").read_text())
+    assert {**args_after, "resume": None} == {**args_before, "resume": None}
+
+
+def test_ctrl_c_reaches_worker_processes_too(environment, tmp_path):
+    """A terminal sends SIGINT to the whole process group, as SLURM does with SIGTERM."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["--env-ids", "gym/gym_tasks:Slow-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 100_000]
+    arguments += ["--checkpoint-every", 50, "--run-root", tmp_path, "--run-name", "run"]
+    process = started(arguments, environment, log)
+    wait_for_checkpoint(run_dir, 50, process, log)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        status = process.wait(timeout=60)
+    finally:
+        process.kill()
+    assert status == 0, log.read_text()
+    assert f"--resume {run_dir}" in log.read_text() and "Traceback" not in log.read_text()
+    assert brc.checkpoint_steps(run_dir)[0] % 50, "no checkpoint was written when stopped"
+
+
+def test_stopped_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """The line that says how to continue must be true."""
+    evaluate = brc.evaluate
+
+    def evaluate_and_terminate(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(brc, "evaluate", evaluate_and_terminate)
+    arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 100]
+    train(*arguments, "--run-root", tmp_path, "--run-name", "run")
+    if "--resume" in capsys.readouterr().out:
+        assert brc.checkpoint_steps(tmp_path / "run") == [0], "nothing to resume from"
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def blank() -> brc.AgentState:
+    """State of a small agent for two tasks of 3 observations and 2 actions."""
+    return zero_state(brc.Args(critic_width=8, critic_depth=1, actor_width=8), 2, 3, 2)
+
+
+def random_state(blank: brc.AgentState, seed: int) -> brc.AgentState:
+    """Other values in every leaf, none of them what `init` gives."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if np.issubdtype(leaf.dtype, np.integer):
+            return jax.numpy.asarray(rng.integers(1, 2**31, leaf.shape).astype(leaf.dtype))
+        return jax.numpy.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype))
+
+    return jax.tree.map(draw, blank)
+
+
+def extend(replay: brc.Replay, steps: int, seed: int) -> None:
+    """Random transitions with resets among them."""
+    rng = np.random.default_rng(seed)
+    if not replay.inserted:
+        replay.start(rng.normal(size=(2, 3)).astype(np.float32))
+    for _ in range(steps):
+        replay.insert(
+            rng.normal(size=(2, 2)), rng.normal(size=2), rng.random(2) < 0.1, rng.random(2) < 0.8,
+            rng.normal(size=(2, 3)),
+        )  # fmt: skip
+
+
+def save(run_dir: Path, step: int, state: brc.AgentState, replay: brc.Replay, keep: int = 2, **more) -> None:
+    brc.save_checkpoint(run_dir, step, state, replay, {"step": step, "updates": 2 * step, **more}, keep)
+
+
+@pytest.mark.parametrize("steps", [(30,), (30, 7), (30, 25, 9), (30, 200), (100, 1, 2, 3, 170, 4)])
+def test_checkpoint_round_trip(steps, blank, tmp_path):
+    """Every leaf, the replay in one or many pieces before and after the ring of 50 wraps, RNG and normalizer."""
+    replay, rng = brc.Replay(2, 50, 3, 2), np.random.default_rng(11)
+    for number, count in enumerate(steps):
+        extend(replay, count, seed=number)
+        state = random_state(blank, seed=number)
+        rng.random(number + 3)
+        normalizer = np.float32([0.1 + number, 1e-8])
+        save(tmp_path, sum(steps[: number + 1]), state, replay, rng=rng.bit_generator.state,
+             max_return=normalizer.tolist())  # fmt: skip
+    newest = [sum(steps[: number + 1]) for number in range(len(steps))][::-1][:2]
+    assert brc.checkpoint_steps(tmp_path) == newest
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.isdigit()] == []
+
+    other = brc.Replay(2, 50, 3, 2)
+    loaded, found = brc.load_checkpoint(tmp_path, blank, other)
+    assert_same(state, loaded)
+    assert_same(replay, other)
+    assert found["step"] == sum(steps) and found["updates"] == 2 * sum(steps)
+    again = np.random.default_rng()
+    again.bit_generator.state = found["rng"]
+    assert_same(replay.sample(rng, 2, 16), other.sample(again, 2, 16))
+    assert np.float32(found["max_return"]).tobytes() == normalizer.tobytes()
+
+
+def test_checkpoint_into_a_longer_replay(blank, tmp_path):
+    """--resume with more --total-timesteps makes a larger ring."""
+    replay, other = brc.Replay(2, 50, 3, 2), brc.Replay(2, 80, 3, 2)
+    extend(replay, 45, seed=0)
+    save(tmp_path, 45, blank, replay)
+    brc.load_checkpoint(tmp_path, blank, other)
+    for name in ("observations", "actions", "rewards", "terminated", "valid"):
+        assert np.array_equal(getattr(replay, name)[:, :46], getattr(other, name)[:, :46]), name
+
+
+def test_each_transition_is_written_once(blank, tmp_path):
+    replay = brc.Replay(2, 1000, 3, 2)
+    for step in (100, 200, 300):
+        extend(replay, 100, seed=step)
+        save(tmp_path, step, blank, replay)
+    pieces = sorted((tmp_path / "checkpoints" / "300" / "replay").iterdir())
+    assert sum(np.load(piece, allow_pickle=False).shape[1] for piece in pieces) <= 300 + len(pieces)
+    assert [piece.stat().st_nlink for piece in pieces] == [2, 2, 1]  # shared with checkpoint 200
+
+
+@pytest.fixture
+def two_checkpoints(blank, tmp_path):
+    """Checkpoints 20 and 40, with the state and replay of the first."""
+    replay, state = brc.Replay(2, 100, 3, 2), random_state(blank, 1)
+    extend(replay, 20, seed=1)
+    save(tmp_path, 20, state, replay)
+    at_20 = brc.Replay(2, 100, 3, 2)
+    vars(at_20).update({name: np.copy(x) if isinstance(x, np.ndarray) else x for name, x in vars(replay).items()})
+    extend(replay, 20, seed=2)
+    save(tmp_path, 40, random_state(blank, 2), replay)
+    return tmp_path, state, at_20
+
+
+def flip(path: Path, position: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 1
+    path.unlink()  # older replay pieces are shared with the checkpoint before: damage this one only
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+
+
+DAMAGES = {
+    "byte of the state": lambda path: flip(max((path / "state").rglob("d/*"), key=lambda file: file.stat().st_size)),
+    "byte of the new replay": lambda path: flip(path / "replay" / "000000000020-000000000040.npy"),
+    "byte of the old replay": lambda path: flip(path / "replay" / "000000000000-000000000020.npy"),
+    "truncated state": lambda path: truncate(max((path / "state").rglob("d/*"), key=lambda file: file.stat().st_size)),
+    "truncated replay": lambda path: truncate(path / "replay" / "000000000020-000000000040.npy"),
+    "truncated counters": lambda path: truncate(path / "checkpoint.json"),
+    "empty counters": lambda path: (path / "checkpoint.json").write_bytes(b""),
+    "no counters": lambda path: (path / "checkpoint.json").unlink(),
+    "no replay piece": lambda path: (path / "replay" / "000000000020-000000000040.npy").unlink(),
+    "no replay": lambda path: shutil.rmtree(path / "replay"),
+    "no state": lambda path: shutil.rmtree(path / "state"),
+    "nothing": lambda path: [shutil.rmtree(path), path.mkdir()],
+    "digit of the counters": lambda path: (path / "checkpoint.json").write_text(
+        (path / "checkpoint.json").read_text().replace('"updates": 80', '"updates": 90')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_falls_back(damage, two_checkpoints, blank, capsys):
+    run_dir, state, replay = two_checkpoints
+    DAMAGES[damage](run_dir / "checkpoints" / "40")
+    other = brc.Replay(2, 100, 3, 2)
+    loaded, found = brc.load_checkpoint(run_dir, blank, other)
+    assert found["step"] == 20
+    assert_same(state, loaded)
+    assert other.inserted == replay.inserted
+    for name in ("observations", "actions", "rewards", "terminated", "valid"):
+        assert np.array_equal(getattr(replay, name)[:, :21], getattr(other, name)[:, :21]), name
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and str(run_dir / "checkpoints" / "40") in warning
+    assert warning.count("\n") == 1
+
+
+def test_checkpoints_after_a_fallback_hold_the_new_history(two_checkpoints, blank):
+    """The damaged checkpoint 40 belongs to an abandoned history: checkpoint 50 must take nothing from it."""
+    run_dir, *_ = two_checkpoints
+    flip(run_dir / "checkpoints" / "40" / "replay" / "000000000020-000000000040.npy")
+    replay, expected = brc.Replay(2, 100, 3, 2), random_state(blank, 3)
+    brc.load_checkpoint(run_dir, blank, replay)
+    extend(replay, 30, seed=5)
+    save(run_dir, 50, expected, replay)
+    other = brc.Replay(2, 100, 3, 2)
+    loaded, found = brc.load_checkpoint(run_dir, blank, other)
+    assert found["step"] == 50
+    assert_same(expected, loaded)
+    assert_same(replay, other)
+
+
+def test_fallback_keeps_the_newest_good_checkpoint(two_checkpoints, blank):
+    """A damaged newer checkpoint must not push the good ones out of --keep-checkpoints."""
+    run_dir, *_ = two_checkpoints
+    flip(run_dir / "checkpoints" / "40" / "replay" / "000000000020-000000000040.npy")
+    replay = brc.Replay(2, 100, 3, 2)
+    brc.load_checkpoint(run_dir, blank, replay)
+    extend(replay, 10, seed=5)
+    save(run_dir, 30, blank, replay, keep=1)
+    _, found = brc.load_checkpoint(run_dir, blank, brc.Replay(2, 100, 3, 2))
+    assert found["step"] == 30
+
+
+def test_nothing_in_a_checkpoint_is_executed(two_checkpoints, blank):
+    """A pickled object in place of a replay piece is refused, not loaded."""
+    run_dir, *_ = two_checkpoints
+    path = run_dir / "checkpoints" / "40"
+    piece = path / "replay" / "000000000020-000000000040.npy"
+    np.save(piece, np.array([{"an": "object"}]), allow_pickle=True)
+    content = json.loads((path / "checkpoint.json").read_text())
+    content["files"][f"replay/{piece.name}"] = brc.checksum(piece)
+    (path / "checkpoint.json").write_text(json.dumps(content))
+    _, found = brc.load_checkpoint(run_dir, blank, brc.Replay(2, 100, 3, 2))
+    assert found["step"] == 20
+
+
+# ------------------------------------------------------------------------------------- full disk, non-finite loss
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory):
+    """An empty file system of 16 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a file system")
+    disk = tmp_path_factory.mktemp("disk")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=16m"):
+        pytest.skip(f"cannot mount a tmpfs: {os.strerror(ctypes.get_errno())}")
+    yield disk
+    libc.umount2(str(disk).encode(), 2)  # MNT_DETACH: also when a writer thread still holds a file
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """A file that leaves `leave` bytes free."""
+    usage, ballast = shutil.disk_usage(disk), disk / "ballast"
+    with ballast.open("wb") as file:
+        for _ in range((usage.free - leave) // 4096):
+            file.write(bytes(4096))
+    return ballast
+
+
+@pytest.fixture(scope="module")
+def full_disk(small_disk, run):
+    """A finished run of 100 steps that is resumed with 40 kB left: enough for a log, too little for a checkpoint."""
+    train("--env-ids", REACH, *SMALL, *NO_UPDATES, "--total-timesteps", 100, "--checkpoint-every", 100,
+          "--run-root", small_disk, "--run-name", "run")  # fmt: skip
+    fill(small_disk, leave=40_000)
+    return run("--resume", small_disk / "run", "--total-timesteps", 300, seconds=240), small_disk / "run"
+
+
+def test_full_disk_ends_the_run(full_disk):
+    result, run_dir = full_disk
+    assert result.returncode == 2, result.stderr
+    assert re.search(r"^error: disk full.*--resume", result.stderr, re.MULTILINE)
+    assert brc.checkpoint_steps(run_dir) == [100]
+    assert restored(run_dir)[2]["step"] == 100
+
+
+def test_full_disk_is_one_line(full_disk):
+    assert "disk full" in error_line(full_disk[0].stderr)
+
+
+def test_full_disk_costs_nothing_but_time(full_disk, command_line):
+    """Not a byte left: resuming fails, and neither the arguments nor the curve are lost. With space again it works."""
+    _, run_dir = full_disk
+    (run_dir.parent / "ballast").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / ".partial-200", ignore_errors=True)
+    ballast = fill(run_dir.parent, leave=0)
+    status, stderr = command_line("--resume", run_dir, "--total-timesteps", 300)
+    ballast.unlink()
+    assert status == 2
+    assert "disk full" in stderr
+    assert (run_dir / "args.json").stat().st_size > 0, "the arguments are lost, the run cannot be resumed"
+    assert curve(run_dir)[0]["step"] == "0", "the curve is lost"
+    train("--resume", run_dir, "--total-timesteps", 300)
+    assert brc.checkpoint_steps(run_dir) == [300, 200]
+    assert [row["step"] for row in curve(run_dir)] == ["0", "100", "300"]
+
+
+# The environment's 161st step, after 16 episodes of 10 steps and as many resets, is step 177 of the run.
+@pytest.mark.parametrize("name", ["InfReward", "NaNReward"])
+def test_non_finite_loss_stops_the_run(name, tmp_path):
+    run_dir = tmp_path / "run"
+    with pytest.raises(brc.UserError, match="not finite") as error:
+        train("--env-ids", f"gym/gym_tasks:{name}-v0", *SMALL, "--total-timesteps", 2000, "--learning-starts", 40,
+              "--checkpoint-every", 50, "--run-root", tmp_path, "--run-name", "run")  # fmt: skip
+    assert f"{run_dir}/checkpoints/150" in str(error.value)
+    assert brc.checkpoint_steps(run_dir) == [150, 100]
+    state, replay, found = restored(run_dir)
+    assert np.isfinite(found["max_return"]).all() and np.isfinite(replay.rewards).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_reward_that_is_not_finite_never_reaches_a_checkpoint(tmp_path):
+    """Also when the checkpoint comes right after it, before any loss has seen it."""
+    with pytest.raises(brc.UserError, match="finite"):
+        train("--env-ids", "gym/gym_tasks:InfReward-v0", *SMALL, "--total-timesteps", 2000, "--learning-starts", 40,
+              "--checkpoint-every", 59, "--run-root", tmp_path, "--run-name", "run")  # fmt: skip
+    _, replay, found = restored(tmp_path / "run")
+    assert np.isfinite(replay.rewards).all() and np.isfinite(found["max_return"]).all()
+
+
+# ------------------------------------------------------------------------------------------------ reproducibility
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    """Three short runs, the first two with the same seed."""
+    root = tmp_path_factory.mktemp("seeds")
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        train("--env-ids", REACH, "gym/gym_tasks:PointLeft-v0", *SMALL, "--total-timesteps", 120, "--learning-starts",
+              60, "--eval-every", 60, "--seed", seed, "--run-root", root, "--run-name", name)  # fmt: skip
+    return root
+
+
+def returns(run_dir: Path) -> list[tuple[str, ...]]:
+    return [(row["step"], row["task"], row["return"], row["success"], row["score"]) for row in curve(run_dir)]
+
+
+def test_same_seed_same_curve(seeded):
+    assert returns(seeded / "one") == returns(seeded / "again")
+    for one, other in zip(restored(seeded / "one")[:2], restored(seeded / "again")[:2], strict=True):
+        assert_same(one, other)
+
+
+def test_other_seed_other_curve(seeded):
+    one, other = returns(seeded / "one"), returns(seeded / "other")
+    assert len(one) == len(other) == 6
+    assert all(a[2] != b[2] for a, b in zip(one, other, strict=True))
+
+
+def test_overlap_does_not_change_what_is_learned(tmp_path, monkeypatch):
+    """Updates that run while the environments step give the same bits as updates that are waited for."""
+    arguments = ["--env-ids", "gym/gym_tasks:Slow-v0", PUSH, *SMALL, "--total-timesteps", 150, "--learning-starts", 50]
+    arguments += ["--eval-every", 1000, "--run-root", tmp_path]
+    train(*arguments, "--run-name", "overlapping")
+
+    make_agent, waited = brc.make_agent, []
+
+    def make_waiting_agent(*arguments):
+        agent = make_agent(*arguments)
+
+        def update(*arguments):
+            result = jax.block_until_ready(agent.update(*arguments))
+            waited.append(threading.get_ident())
+            return result
+
+        return agent._replace(update=update)
+
+    monkeypatch.setattr(brc, "make_agent", make_waiting_agent)
+    train(*arguments, "--run-name", "waiting")
+    monkeypatch.undo()
+    assert len(waited) == 100
+    overlapping, waiting = restored(tmp_path / "overlapping"), restored(tmp_path / "waiting")
+    assert_same(overlapping[0], waiting[0])
+    assert_same(overlapping[1], waiting[1])
+    assert overlapping[2]["max_return"] == waiting[2]["max_return"]

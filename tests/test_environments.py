@@ -1,0 +1,485 @@
+"""Environments and evaluation: sizes, ends of episodes, goals, seeds, faults. All of it steps real environments."""
+
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+
+import brc_sac_continuous as brc
+
+os.environ.setdefault("MUJOCO_GL", "disable")  # as `main` does: stepping needs no graphics library
+
+DMC_SIZES = {  # (|S|, |A|): tasks, of dm_control 1.0.21
+    (6, 1): "acrobot-swingup acrobot-swingup-sparse",
+    (8, 2): "ball-in-cup-catch",
+    (5, 1): "cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse",
+    (17, 6): "cheetah-run",
+    (223, 38): "dog-run dog-stand dog-trot dog-walk",
+    (9, 2): "finger-spin",
+    (12, 2): "finger-turn-easy finger-turn-hard",
+    (24, 5): "fish-swim",
+    (21, 5): "fish-upright",
+    (15, 4): "hopper-hop hopper-stand",
+    (67, 21): "humanoid-run humanoid-stand humanoid-walk",
+    (44, 5): "manipulator-bring-ball",
+    (3, 1): "pendulum-swingup",
+    (4, 2): "point-mass-easy",
+    (78, 12): "quadruped-run quadruped-walk",
+    (6, 2): "reacher-easy reacher-hard",
+    (25, 5): "swimmer-swimmer6",
+    (61, 14): "swimmer-swimmer15",
+    (24, 6): "walker-run walker-stand walker-walk",
+}
+DMC_SIZES = {task: sizes for sizes, tasks in DMC_SIZES.items() for task in tasks.split()}
+TABLE_2 = """h1-crawl-v0 272.658 700 h1-hurdle-v0 2.214 700 h1-maze-v0 106.441 1200 h1-pole-v0 20.090 700
+h1-run-v0 2.020 700 h1-slide-v0 3.191 700 h1-stair-v0 3.112 700 h1-stand-v0 10.545 800 h1-walk-v0 2.377 700
+h1hand-balance_hard-v0 10.032 800 h1hand-balance_simple-v0 10.170 800 h1hand-basketball-v0 8.979 1200
+h1hand-bookshelf_hard-v0 14.848 2000 h1hand-bookshelf_simple-v0 16.777 2000 h1hand-crawl-v0 278.868 800
+h1hand-door-v0 2.771 600 h1hand-hurdle-v0 2.371 700 h1hand-insert_normal-v0 1.673 350 h1hand-insert_small-v0 1.653 350
+h1hand-maze-v0 106.233 1200 h1hand-package-v0 -10040.932 1500 h1hand-pole-v0 19.721 700 h1hand-powerlift-v0 17.638 800
+h1hand-push-v0 -526.800 700 h1hand-reach-v0 -50.024 12000 h1hand-room-v0 3.018 400 h1hand-run-v0 1.927 700
+h1hand-sit_hard-v0 2.477 750 h1hand-sit_simple-v0 10.768 750 h1hand-slide-v0 3.142 700 h1hand-spoon-v0 4.661 650
+h1hand-stair-v0 3.161 700 h1hand-stand-v0 11.973 800 h1hand-truck-v0 562.419 3000 h1hand-walk-v0 2.505 700
+h1hand-window-v0 2.713 650"""  # the paper's, printed with Gymnasium's ids
+
+
+def known_bug(what: str):
+    """A test that fails today. Strict: once it passes, it fails until this mark is removed."""
+    return pytest.mark.xfail(strict=True, reason=f"known bug: {what}")
+
+
+def mark(tasks, marks: dict) -> list:
+    """Values for parametrize. marks: names of tasks, separated by spaces, and their mark; * is all others."""
+    found = {task: value for names, value in marks.items() for task in names.split()}
+    return [pytest.param(task, marks=found.get(task, found.get("*", ()))) for task in tasks]
+
+
+@pytest.fixture
+def environments():
+    """environments(tasks, num_envs=1, seed=0, backend="auto"): ParallelEnvs that the end of the test closes."""
+    opened = []
+
+    def build(tasks: list[str], num_envs: int = 1, seed: int = 0, backend: str = "auto") -> brc.ParallelEnvs:
+        opened.append(brc.ParallelEnvs(tasks, num_envs, seed, backend))
+        return opened[-1]
+
+    yield build
+    for envs in opened:
+        envs.close()
+
+
+def step(envs: brc.ParallelEnvs, action: float = 0.5):
+    envs.send(np.full((envs.size, envs.action_dim), action, np.float32))
+    return envs.recv()
+
+
+# ---------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("task", DMC_SIZES)
+def test_dmc_sizes(task, environments):
+    envs = environments([f"dmc/{task}"])
+    assert (envs.observation_dim, envs.action_dim) == DMC_SIZES[task]
+    assert envs.reset().shape == (1, DMC_SIZES[task][0])
+
+
+def test_every_dmc_task_is_sized():
+    assert sorted(DMC_SIZES) == sorted(brc.DMC)
+
+
+@pytest.mark.parametrize(
+    "task",
+    mark(DMC_SIZES, {
+        "cartpole-swingup finger-spin humanoid-run walker-run fish-swim fish-upright": (),
+        "quadruped-run quadruped-walk": known_bug("dm_control 1.0.21 calls NumPy's removed in1d; envpool works"),
+        "*": pytest.mark.slow,
+    }),
+)  # fmt: skip
+def test_dm_control_and_envpool_show_the_same_observation(task):
+    """The same parts in the same order: --env-backend may change on --resume, and videos run on dm_control."""
+    reference, pool = brc.make_env(f"dmc/{task}"), brc.EnvPoolTask(f"dmc/{task}", 1, 0)
+    assert reference.observation_space.shape + reference.action_space.shape == DMC_SIZES[task]
+    parts = list(reference.unwrapped.env.observation_spec())
+    assert len(parts) == 1 or pool.keys == parts
+    pool.close()
+
+
+def test_every_metaworld_task_has_39_observations_and_4_actions(environments):
+    envs = environments([f"metaworld/{task}" for task in brc.METAWORLD])
+    assert envs.observation_dims == [39] * 50 and envs.action_dims == [4] * 50
+    reference = brc.make_env("metaworld/reach")
+    assert reference.observation_space.shape + reference.action_space.shape == (39, 4)
+
+
+@pytest.mark.parametrize(("task", "sizes"), [("h1-walk", (51, 19)), ("h1hand-sit-simple", (308, 61))])
+def test_humanoidbench_sizes(task, sizes):
+    pytest.importorskip("humanoid_bench", reason=brc.INSTALL["humanoidbench"])
+    env = brc.make_env(f"humanoidbench/{task}")
+    assert env.observation_space.shape + env.action_space.shape == sizes
+
+
+def test_shadowhand_sizes():
+    pytest.importorskip("dex_envs", reason=brc.INSTALL["shadowhand"])
+    env = brc.make_env("shadowhand/apple")
+    assert env.observation_space.shape + env.action_space.shape == (68, 20)
+
+
+def test_suites_have_the_papers_tasks_and_steps():
+    expected = {
+        "dmc-dogs": (4, 500_000), "dmc-humanoids": (3, 500_000), "metaworld": (50, 500_000),
+        "hb-medium": (9, 1_000_000), "hb-hard": (20, 2_000_000), "shadowhand": (85, 1_000_000), "mw-dmc": (80, 500_000),
+    }  # fmt: skip
+    for suite, (tasks, steps) in expected.items():
+        assert len(set(brc.SUITES[suite][0])) == len(brc.SUITES[suite][0]) == tasks, suite
+        assert brc.SUITES[suite][1] == steps, suite
+
+
+# --------------------------------------------------------------------------------------------- ends of an episode
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+@pytest.mark.parametrize(("task", "length"), [("dmc/cartpole-balance", 1000), ("metaworld/reach", 200)])
+def test_episode_length(task, length, backend, environments):
+    """Two episodes: `length` steps, one that resets, `length` steps. Time limits truncate, they do not terminate."""
+    envs = environments([task], backend=backend)
+    envs.reset()
+    truncated_at = []
+    for t in range(2 * length + 3):
+        _, _, terminated, truncated, _ = step(envs)
+        assert not terminated.any()
+        if truncated[0]:
+            truncated_at.append(t)
+    assert truncated_at == [length - 1, 2 * length]
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_metaworld_final_observation_is_the_last_and_the_next_one_is_of_a_reset(backend, environments):
+    envs = environments(["metaworld/reach"], backend=backend)
+    hand = [envs.reset()[0, :3]]
+    for _ in range(200):
+        observation, _, _, truncated, _ = step(envs, action=1.0)
+        hand.append(observation[0, :3])
+    assert truncated[0]
+    assert np.abs(hand[200] - hand[0]).max() > 0.1, "the hand did not move, so this test would prove nothing"
+    assert np.abs(hand[200] - hand[199]).max() < 0.01, "the hand jumped: not the final observation"
+    assert np.abs(step(envs, action=1.0)[0][0, :3] - hand[0]).max() < 0.02
+
+
+def test_step_after_done_returns_the_next_first_observation_and_ignores_the_action(environments):
+    envs = environments(["gym/gym_tasks:Terminates5-v0"])
+    envs.reset()
+    seen = []
+    for _ in range(8):
+        observation, reward, terminated, truncated, _ = step(envs, action=0.5)
+        seen.append((*observation[0], reward[0], terminated[0], truncated[0]))
+    assert seen == [  # episode, t, action, reward, terminated, truncated
+        (0, 1, 0.5, 1, False, False), (0, 2, 0.5, 2, False, False), (0, 3, 0.5, 3, False, False),
+        (0, 4, 0.5, 4, False, False), (0, 5, 0.5, 5, True, False), (1, 0, 0, 0, False, False),
+        (1, 1, 0.5, 11, False, False), (1, 2, 0.5, 12, False, False),
+    ]  # fmt: skip
+
+
+def test_replay_of_a_run_marks_resets_and_ends(environments):
+    """The loop of `main` on known environments: what may be learned from is exactly what happened."""
+    envs = environments(["gym/gym_tasks:Terminates5-v0", "gym/gym_tasks:Truncates3-v0"])
+    replay = brc.Replay(2, 100, envs.observation_dim, envs.action_dim)
+    replay.start(envs.reset())
+    done = np.zeros(2, bool)
+    for _ in range(23):
+        actions = np.full((2, 2), 0.25, np.float32)
+        envs.send(actions)
+        observations, rewards, terminated, truncated, _ = envs.recv()
+        valid, done = ~done, ~done & (terminated | truncated)
+        replay.insert(actions, rewards, terminated, valid, observations)
+    batch = replay.sample(np.random.default_rng(0), 8, 256)
+    batch = brc.Batch(*(leaf.reshape(8 * 256, *leaf.shape[2:]) for leaf in batch))
+    episode, t = batch.observations[:, 0], batch.observations[:, 1]
+    assert np.array_equal(batch.next_observations[:, 0], episode), "a transition spans two episodes"
+    assert np.array_equal(batch.next_observations[:, 1], t + 1)
+    assert np.array_equal(batch.rewards, t + 1 + 10 * episode)
+    assert np.array_equal(batch.terminated, (batch.task_ids == 0) & (t == 4)), "truncation must not terminate"
+    for task, length in ((0, 5), (1, 3)):
+        assert set(t[batch.task_ids == task]) == set(range(length)), "the last transition of an episode must be there"
+
+
+# ------------------------------------------------------------------------------------- mixes, actions, flattening
+
+
+def test_mixed_tasks_are_padded_with_zeros_and_actions_cut(environments):
+    envs = environments(["gym/gym_tasks:Terminates5-v0", "dmc/cartpole-swingup", "gym/gym_tasks:Truncates3-v0"])
+    assert envs.observation_dims == [3, 5, 6] and envs.action_dims == [1, 1, 2]
+    assert (envs.observation_dim, envs.action_dim) == (6, 2)
+    first = envs.reset()
+    envs.send(np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], np.float32))  # the environments refuse a wrong shape
+    after, *_ = envs.recv()
+    for observations in (first, after):
+        assert observations.dtype == np.float32 and observations.shape == (3, 6)
+        assert (observations[0, 3:] == 0).all() and observations[1, 5] == 0 and (observations[2, 3:] == 7).all()
+    assert after[0, 2] == np.float32(0.1) and after[2, 2] == np.float32(0.5)
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_rows_belong_to_their_own_copy(backend, environments):
+    """The hand of copy k follows action k, also when all tasks are stepped at once."""
+    envs = environments(["metaworld/reach", "metaworld/push"], num_envs=3, backend=backend)
+    envs.reset()
+    directions = np.array([-1, 0, 1, 1, 0, -1], np.float32)
+    for _ in range(15):
+        actions = np.zeros((6, 4), np.float32)
+        actions[:, 0] = directions
+        envs.send(actions)
+        observations, *_ = envs.recv()
+    assert np.array_equal(np.sign(np.round(observations[:, 0], 1)), directions)
+
+
+def test_actions_are_rescaled_from_minus_one_to_one():
+    env = brc.make_env("gym/gym_tasks:ScaledAction-v0")
+    assert np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)
+    env.reset()
+    for action, expected in (([-1, -1], [-3, 0]), ([1, 1], [5, 10]), ([0, 0.5], [1, 7.5])):
+        env.step(np.float32(action))
+        np.testing.assert_allclose(env.unwrapped.last_action, expected, rtol=1e-6)
+
+
+def test_an_environment_without_render_modes_works():
+    assert brc.make_env("gym/gym_tasks:Plain-v0").reset()[0].shape == (2,)
+
+
+def test_dict_observations_are_flattened():
+    observation, _ = brc.make_env("gym/gym_tasks:Ordered-v0").reset()
+    assert observation.dtype == np.float32 and observation.tolist() == [5, 6, 1, 2, 3, 4]  # Gymnasium sorts the keys
+
+
+def test_goal_environments_show_observation_and_desired_goal_only():
+    observation, _ = brc.make_env("gym/gym_tasks:Goal-v0").reset()
+    assert observation.tolist() == [1, 2, 3, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------------ metaworld
+
+FIXED_GOALS = ("bin-picking", "sweep-into", "hammer")  # in Meta-World itself; their objects move
+
+
+def check_goals(task: str, first_observations: np.ndarray) -> None:
+    goals = first_observations[:, 36:]
+    assert (np.abs(goals).max(axis=1) > 0.1).all(), f"{task}: the goal is hidden"
+    assert (np.abs(goals) < 1.1).all(), f"{task}: goals leave the table, {goals.round(2).tolist()}"
+    assert len(np.unique(first_observations, axis=0)) == len(goals), f"{task}: every episode starts alike"
+    if task not in FIXED_GOALS:
+        assert len(np.unique(goals, axis=0)) == len(goals), f"{task}: goals are not drawn again"
+
+
+@pytest.mark.parametrize("task", brc.METAWORLD)
+def test_metaworld_goals_are_visible_and_drawn_at_every_reset(task, environments):
+    envs = environments([f"metaworld/{task}"])
+    check_goals(task, np.concatenate([envs.reset() for _ in range(6)]))
+
+
+@pytest.mark.parametrize("task", ["reach", "door-close", "hammer", "shelf-place"])
+def test_metaworld_goals_are_visible_and_drawn_at_every_reset_by_gymnasium(task):
+    env = brc.make_env(f"metaworld/{task}")
+    check_goals(task, np.stack([env.reset()[0] for _ in range(6)]))
+
+
+@pytest.mark.parametrize(
+    "task",
+    mark(brc.METAWORLD, {
+        "reach door-close shelf-place dial-turn": (),
+        "*": pytest.mark.slow,
+    }),
+)  # fmt: skip
+def test_metaworld_tasks_can_be_solved(task, environments):
+    """Meta-World's own scripted expert, as good in the environment that `auto` picks as the paper's score assumes."""
+    policies = pytest.importorskip("metaworld.policies")
+    envs = environments([f"metaworld/{task}"])
+    succeeded = []
+    for _ in range(4):
+        name = "".join(part.capitalize() for part in task.split("-")).replace("PegInsert", "PegInsertion")
+        expert = getattr(policies, f"Sawyer{name}V3Policy")()
+        observation, success = envs.reset()[0], 0.0
+        for _ in range(200):
+            action = expert.get_action(observation.astype(np.float64))
+            envs.send(np.clip(action, -1, 1)[None].astype(np.float32))
+            observations, _, _, _, now = envs.recv()
+            observation, success = observations[0], max(success, now[0])
+        succeeded.append(success)
+    assert np.mean(succeeded) >= 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+@pytest.mark.parametrize("task", ["metaworld/reach", "dmc/cartpole-swingup", "gym/gym_tasks:PointRight-v0"])
+def test_seed_decides_the_environment(task, backend, environments):
+    if task.startswith("gym/") and backend == "envpool":
+        pytest.skip("envpool has no gym/ tasks")
+
+    def trajectory(seed: int) -> np.ndarray:
+        envs = environments([task], seed=seed, backend=backend)
+        resets = [envs.reset() for _ in range(3)]
+        return np.concatenate([*resets, *(step(envs)[0] for _ in range(30))])
+
+    one, again, other = trajectory(1), trajectory(1), trajectory(2)
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert len(np.unique(one[:3], axis=0)) == 3, "resets must go on in the random stream, not start it again"
+
+
+def test_copies_of_a_task_have_different_seeds(environments):
+    first = environments(["metaworld/reach"], num_envs=4).reset()
+    assert len(np.unique(first, axis=0)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+
+def until_the_fault(task: str) -> brc.ParallelEnvs:
+    """Environments whose next step is the one that fails, the 21st of `task`; four more were resets."""
+    envs = brc.ParallelEnvs([task, "gym/gym_tasks:Terminates5-v0"], 1, 0, "auto")
+    envs.reset()
+    for _ in range(20 + 4):
+        step(envs)
+    return envs
+
+
+@pytest.mark.filterwarnings("ignore")  # Gymnasium's, with the worker's traceback
+def test_a_worker_that_raises_is_reported_within_seconds():
+    envs = until_the_fault("gym/gym_tasks:Raises-v0")
+    started = time.monotonic()
+    with pytest.raises(brc.UserError, match="gym/gym_tasks:Raises-v0.*the arm fell off"):
+        step(envs)
+    envs.close()
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_worker_is_reported_within_seconds():
+    envs = until_the_fault("gym/gym_tasks:Killed-v0")
+    started = time.monotonic()
+    with pytest.raises(brc.UserError, match="gym/gym_tasks:Killed-v0 died"):
+        step(envs)
+    assert time.monotonic() - started < 20
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("DiscreteAction", "action space"), ("DiscreteObservation", "observation space"), ("Image", "observation space"),
+     ("UnboundedAction", "finite bounds")],
+)  # fmt: skip
+def test_unsupported_spaces(name, message):
+    task = f"gym/gym_tasks:{name}-v0"
+    with pytest.raises(brc.UserError, match=message) as error:
+        brc.ParallelEnvs([task], 1, 0, "auto")
+    assert task in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        *("gym/NoSuchTask-v0", "gym/gym_tasks:NoSuchTask-v0", "gym/no_such_module:Task-v0", "gym/Pendulum-v999"),
+        *("gym/one:two:Task-v0", "gym/:Task-v0"),
+    ],
+)
+def test_unknown_gymnasium_ids(task):
+    with pytest.raises(brc.UserError) as error:
+        brc.ParallelEnvs([task], 1, 0, "auto")
+    assert task.removeprefix("gym/").split("-")[0].split(":")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "module"), [("humanoidbench/h1-walk", "humanoid_bench"), ("shadowhand/apple", "dex_envs")]
+)
+def test_missing_package_names_the_install_command(task, module):
+    try:
+        __import__(module)
+    except ImportError:
+        with pytest.raises(brc.UserError) as error:
+            brc.ParallelEnvs([task], 1, 0, "auto")
+        assert task in str(error.value) and brc.INSTALL[task.partition("/")[0]] in str(error.value)
+    else:
+        pytest.skip(f"{module} is installed")
+
+
+def test_envpool_backend_refuses_other_families():
+    with pytest.raises(brc.UserError, match="gym/Pendulum-v1.*--env-backend"):
+        brc.ParallelEnvs(["gym/Pendulum-v1"], 1, 0, "envpool")
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """evaluate's first two arguments, for tasks padded to 6 observations and 2 actions."""
+    args = brc.Args(critic_width=16, critic_depth=1, actor_width=16)
+    agent = brc.make_agent(args, 2, 6, 2)
+    return agent, agent.init(0)
+
+
+TWO = ["gym/gym_tasks:Terminates5-v0", "gym/gym_tasks:Truncates3-v0"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "returns", "successes"),
+    [  # episode e of length n pays n (n + 1) / 2 + 10 e n
+        (1, [[15, 65, 115], [6, 36, 66]], [0, 1, 0]),
+        (2, [[15, 65, 15, 65], [6, 36, 6, 36]], [0, 1, 0, 1]),  # two episodes of each copy
+        (3, [[15, 15, 15], [6, 6, 6]], [0, 0, 0]),
+    ],
+)
+def test_evaluate_counts_whole_episodes(copies, returns, successes, untrained, environments):
+    result = brc.evaluate(*untrained, environments(TWO, num_envs=copies), 3, [])
+    assert result[0].tolist() == returns
+    assert np.isnan(result[1][0]).all(), "a task that reports no success has none"
+    assert result[1][1].tolist() == successes, "success at step 2 of 3 is success of the episode"
+
+
+def test_evaluate_ignores_what_the_reset_step_pays(untrained, environments):
+    class PayingResets(brc.ParallelEnvs):
+        """Gymnasium pays 0 at a reset; envpool promises nothing."""
+
+        def recv(self):
+            observations, rewards, terminated, truncated, success = super().recv()
+            reset = observations[:, 1] == 0
+            return observations, rewards + 1000 * reset, terminated, truncated, np.where(reset, 1.0, success)
+
+    envs = PayingResets(TWO, 1, 0, "auto")
+    returns, successes = brc.evaluate(*untrained, envs, 3, [])
+    envs.close()
+    assert returns.tolist() == [[15, 65, 115], [6, 36, 66]] and successes[1].tolist() == [0, 1, 0]
+
+
+def test_evaluate_again_starts_new_episodes(untrained, environments):
+    envs = environments(TWO)
+    brc.evaluate(*untrained, envs, 1, [])  # leaves the first task in its first episode's end, the second in its third
+    returns, _ = brc.evaluate(*untrained, envs, 1, [])
+    assert returns[0].tolist() == [15 + 50]
+    assert (returns[1, 0] - 6) % 30 == 0, "not the return of a whole episode"
+
+
+def test_evaluate_stops_when_asked(untrained, environments):
+    assert brc.evaluate(*untrained, environments(TWO), 3, [15]) is None
+
+
+def test_scores_of_humanoidbench_are_table_2():
+    words = TABLE_2.split()
+    table = {words[i].removesuffix("-v0").replace("_", "-"): (float(words[i + 1]), float(words[i + 2])) for i in
+             range(0, len(words), 3)}  # fmt: skip
+    assert sorted(table) == sorted(brc.HUMANOIDBENCH)
+    for task, (random, optimal) in table.items():
+        assert brc.normalized_score(f"humanoidbench/{task}", random, math.nan) == 0
+        assert brc.normalized_score(f"humanoidbench/{task}", optimal, math.nan) == 1
+        halfway = (random + optimal) / 2
+        assert brc.normalized_score(f"humanoidbench/{task}", halfway, math.nan) == pytest.approx(0.5)
+
+
+def test_scores_of_other_families():
+    assert brc.normalized_score("dmc/dog-run", 250.0, math.nan) == 0.25
+    assert brc.normalized_score("metaworld/reach", 1830.0, 0.7) == 0.7
+    assert brc.normalized_score("shadowhand/apple", -80.0, 0.2) == 0.2
+    assert math.isnan(brc.normalized_score("gym/Pendulum-v1", -200.0, math.nan))
