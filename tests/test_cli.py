@@ -658,6 +658,38 @@ def test_ctrl_c_reaches_worker_processes_too(environment, tmp_path):
     assert brc.checkpoint_steps(run_dir)[0] % 50, "no checkpoint was written when stopped"
 
 
+def processes_of(group: int) -> list[str]:
+    """Command lines of a process group, without those that ended and wait for their parent."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, group_of_path = (path / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(group_of_path) == group and state != "Z":
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
+def test_workers_end_with_a_killed_run(environment, tmp_path):
+    """kill -9 of the main process must not leave environments behind, which ignore the gentler signals."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["--env-ids", "gym/gym_tasks:Slow-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 100_000]
+    arguments += ["--checkpoint-every", 50, "--run-root", tmp_path, "--run-name", "run"]
+    process = started(arguments, environment, log)
+    wait_for_checkpoint(run_dir, 50, process, log)
+    assert len(processes_of(process.pid)) >= 3, "main, fork server and a worker at least"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert left == []
+
+
 def test_stopped_before_the_first_step(tmp_path, monkeypatch, capsys):
     """The line that says how to continue must be true."""
     evaluate = brc.evaluate
