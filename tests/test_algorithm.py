@@ -526,6 +526,20 @@ def test_critics_start_different_and_their_targets_equal():
     assert math.exp(state.log_temperature) == pytest.approx(args.initial_temperature)
 
 
+@pytest.mark.parametrize("network", ["actor", "critic", "target_critic"])
+def test_parameter_norm_tells_a_lost_network(network):
+    _, agent = make(**MSE)
+    state = random_state(agent)
+    parameters = np.concatenate(
+        [np.ravel(x) for x in jax.tree.leaves((state.actor, state.critic, state.target_critic))]
+    )
+    assert float(agent.parameter_norm(state)) == pytest.approx(np.linalg.norm(parameters), rel=1e-5)
+    first, *others = jax.tree.leaves(getattr(state, network))
+    leaves = [first.at[(0,) * first.ndim].set(jnp.nan), *others]
+    lost = jax.tree.unflatten(jax.tree.structure(getattr(state, network)), leaves)
+    assert math.isnan(agent.parameter_norm(state._replace(**{network: lost})))
+
+
 # ---------------------------------------------------------------------------------------------- guards of Eq. 3
 
 
