@@ -173,7 +173,7 @@ class Args:
 
 POSITIVE = {  # smallest allowed value of every number, checked before anything is built
     "total_timesteps": 0, "learning_starts": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
-    "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "buffer_size": 1, "num_atoms": 2, "critic_width": 1,
+    "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "buffer_size": 9, "num_atoms": 2, "critic_width": 1,
     "critic_depth": 0, "num_critics": 1, "actor_width": 1, "actor_depth": 0, "embedding_size": 1, "seed": 0,
     "actor_lr": 0.0, "critic_lr": 0.0, "temperature_lr": 0.0, "weight_decay": 0.0, "polyak_tau": 0.0,
     "initial_temperature": 1e-12,
