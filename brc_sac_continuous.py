@@ -168,7 +168,7 @@ class Args:
     truncation_bootstrap: Literal["critic", "mean-reward"] = "critic"
     """tail of a truncated return in Eq. 2: critic output in the paper (C.2), mean reward / (1 - gamma) in the code"""
     entropy_correction: Literal["empirical", "constant"] = "empirical"
-    """lambda of Eq. 3: alpha |H_i| / (1 - gamma) (Eq. 4), or alpha (|A|/4) / (1 - gamma) as in the released code"""
+    """lambda of Eq. 3: alpha |H_i| / (1 - gamma) (Eq. 4 has H_i), or alpha (|A|/4) / (1 - gamma) as in the code"""
 
 
 POSITIVE = {  # smallest allowed value of every number, checked before anything is built
