@@ -33,6 +33,7 @@ Critic: BroNet (C.3, Figure 13), 2 blocks of width 4096, about 256M parameters w
 import atexit
 import csv
 import errno
+import importlib.util
 import io
 import itertools
 import json
@@ -47,6 +48,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -79,7 +81,10 @@ class Args:
     env_ids: tuple[str, ...] = ()
     """tasks of one agent, as family/task: dmc/dog-run metaworld/assembly humanoidbench/h1-walk gym/Pendulum-v1"""
     suite: str | None = None
-    """a set of tasks by name: dmc-dogs, dmc-humanoids, metaworld, hb-medium, hb-hard, shadowhand or mw-dmc"""
+    """a set of tasks by name: dmc-dogs, dmc-humanoids, metaworld, hb-medium, hb-hard, shadowhand, mw-dmc, or a part of
+    one, such as metaworld-pretrain and metaworld-transfer; see --list-tasks"""
+    list_tasks: bool = False
+    """print all tasks and suites and the packages that they lack, and exit"""
     seed: int = 1
     """seed of networks, exploration, replay sampling and environments"""
     exp_name: str = "brc_sac_continuous"
@@ -207,18 +212,18 @@ manipulator-bring-ball pendulum-swingup point-mass-easy quadruped-run quadruped-
 swimmer-swimmer6 swimmer-swimmer15 walker-run walker-stand walker-walk""".split()
 DMC_EXTRA = """cheetah-run-backwards cheetah-run-front cheetah-run-back cheetah-jump walker-walk-backwards
 walker-run-backwards hopper-hop-backwards reacher-three-easy reacher-three-hard ball-in-cup-spin
-pendulum-spin""".split()
+pendulum-spin""".split()  # TD-MPC2's, in benchmark/dmc_extra_tasks.py
 METAWORLD = """assembly basketball bin-picking box-close button-press-topdown button-press-topdown-wall button-press
 button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-lock door-open
 door-unlock hand-insert drawer-close drawer-open faucet-open faucet-close hammer handle-press-side handle-press
 handle-pull-side handle-pull lever-pull pick-place-wall pick-out-of-hole pick-place plate-slide plate-slide-side
 plate-slide-back plate-slide-back-side peg-insert-side peg-unplug-side soccer stick-push stick-pull push push-wall
 push-back reach reach-wall shelf-place sweep-into sweep window-open window-close""".split()
-HUMANOIDBENCH = {  # task: (random score, success score), Table 2
+HUMANOIDBENCH = {  # task: (random score, success score), Table 2; cabinet is missing there: the released code's
     "h1-crawl": (272.658, 700), "h1-hurdle": (2.214, 700), "h1-maze": (106.441, 1200), "h1-pole": (20.090, 700),
     "h1-run": (2.020, 700), "h1-slide": (3.191, 700), "h1-stair": (3.112, 700), "h1-stand": (10.545, 800),
     "h1-walk": (2.377, 700), "h1hand-balance-hard": (10.032, 800), "h1hand-balance-simple": (10.170, 800),
-    "h1hand-basketball": (8.979, 1200), "h1hand-bookshelf-hard": (14.848, 2000),
+    "h1hand-basketball": (8.979, 1200), "h1hand-cabinet": (37.733, 2500), "h1hand-bookshelf-hard": (14.848, 2000),
     "h1hand-bookshelf-simple": (16.777, 2000), "h1hand-crawl": (278.868, 800), "h1hand-door": (2.771, 600),
     "h1hand-hurdle": (2.371, 700), "h1hand-insert-normal": (1.673, 350), "h1hand-insert-small": (1.653, 350),
     "h1hand-maze": (106.233, 1200), "h1hand-package": (-10040.932, 1500), "h1hand-pole": (19.721, 700),
@@ -240,11 +245,14 @@ cracker-box orange e-cups""".split()
 SHADOWHAND_TRANSFER = """rubiks-cube dice bleach-cleanser pear e-lego-duplo pyramid stapler flashlight large-clamp
 a-toy-airplane tomato-soup-can fork cell-phone m-lego-duplo toothpaste flute stanford-bunny a-marbles potted-meat-can
 timer lemon utah-teapot train g-cups l-lego-duplo bowl door-knob mustard-bottle plum""".split()
+SHADOWHAND_ENVPOOL = {  # Gymnasium-Robotics' own objects need no extra package; task: the id there and in envpool
+    "block": "HandManipulateBlockRotateZ-v1", "egg": "HandManipulateEggRotate-v1", "pen": "HandManipulatePenRotate-v1",
+}  # fmt: skip
 FAMILIES = {
     "dmc": DMC + DMC_EXTRA, "metaworld": METAWORLD, "humanoidbench": list(HUMANOIDBENCH),
-    "shadowhand": SHADOWHAND + SHADOWHAND_TRANSFER,
+    "shadowhand": SHADOWHAND + SHADOWHAND_TRANSFER + list(SHADOWHAND_ENVPOOL),
 }  # fmt: skip
-INSTALL = {
+INSTALL = {  # what a family needs besides requirements.txt, or without it
     "dmc": "pip install dm_control==1.0.21.post1 mujoco==3.2.0",
     "metaworld": "pip install metaworld==3.0.0 mujoco==3.2.0",
     "humanoidbench": "pip install torch && pip install --no-deps -e "
@@ -258,7 +266,10 @@ bookshelf-simple bookshelf-hard""".split()
 MW_DMC = """walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup
 cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse ball-in-cup-catch finger-spin
 finger-turn-easy finger-turn-hard fish-swim hopper-stand hopper-hop""".split()
-SUITES = {  # name: (tasks, environment steps per task), Section 4 and E.1
+HB_MEDIUM_TRANSFER = "run hurdle maze".split()
+HB_HARD_TRANSFER = "truck powerlift room door basketball push cabinet".split()
+METAWORLD_TRANSFER = "assembly disassemble dial-turn lever-pull push-back".split()
+SUITES = {  # name: (tasks, environment steps per task): E.1, the splits of E.2, and Figure 10's three tasks
     "dmc-dogs": ([f"dmc/dog-{t}" for t in ("stand", "walk", "trot", "run")], 500_000),
     "dmc-humanoids": ([f"dmc/humanoid-{t}" for t in ("stand", "walk", "run")], 500_000),
     "metaworld": ([f"metaworld/{t}" for t in METAWORLD], 500_000),
@@ -266,7 +277,32 @@ SUITES = {  # name: (tasks, environment steps per task), Section 4 and E.1
     "hb-hard": ([f"humanoidbench/h1hand-{t}" for t in LOCOMOTION + HB_MANIPULATION], 2_000_000),
     "shadowhand": ([f"shadowhand/{t}" for t in SHADOWHAND], 1_000_000),
     "mw-dmc": ([f"metaworld/{t}" for t in METAWORLD] + [f"dmc/{t}" for t in MW_DMC + DMC_EXTRA], 500_000),
+    "metaworld-pretrain": ([f"metaworld/{t}" for t in METAWORLD if t not in METAWORLD_TRANSFER], 500_000),
+    "metaworld-transfer": ([f"metaworld/{t}" for t in METAWORLD_TRANSFER], 500_000),
+    "hb-medium-3": ([f"humanoidbench/h1-{t}" for t in ("walk", "stair", "slide")], 1_000_000),
+    "hb-medium-pretrain": ([f"humanoidbench/h1-{t}" for t in LOCOMOTION if t not in HB_MEDIUM_TRANSFER], 1_000_000),
+    "hb-medium-transfer": ([f"humanoidbench/h1-{t}" for t in HB_MEDIUM_TRANSFER], 1_000_000),
+    "hb-hard-transfer": ([f"humanoidbench/h1hand-{t}" for t in HB_HARD_TRANSFER], 2_000_000),
+    "shadowhand-transfer": ([f"shadowhand/{t}" for t in SHADOWHAND_TRANSFER], 1_000_000),
 }  # fmt: skip
+SUITES |= {  # other names of the same sets
+    "hb-medium-6": SUITES["hb-medium-pretrain"], "hb-medium-9": SUITES["hb-medium"],
+    "hb-hard-pretrain": SUITES["hb-hard"], "shadowhand-pretrain": SUITES["shadowhand"],
+}  # fmt: skip
+
+
+def check_tasks(tasks: list[str]) -> None:
+    """Raises UserError for an unknown family or task, naming the valid ones, and for a task named twice."""
+    for task in tasks:
+        family, _, name = task.partition("/")
+        if family == "gym" and name:
+            continue
+        if family not in FAMILIES:
+            raise UserError(f"unknown task '{task}'; tasks are family/task with a family of {', '.join(FAMILIES)}, gym")
+        if name not in FAMILIES[family]:
+            raise UserError(f"unknown task '{task}'; {family}/ has: {', '.join(FAMILIES[family])}")
+    if len(set(tasks)) < len(tasks):
+        raise UserError("a task is named twice in --env-ids")
 
 
 def resolve_tasks(args: Args) -> tuple[list[str], int]:
@@ -284,19 +320,26 @@ def resolve_tasks(args: Args) -> tuple[list[str], int]:
         tasks, steps = list(args.env_ids), 1_000_000
     if not tasks:
         raise UserError(f"no tasks: give --env-ids, such as --env-ids dmc/walker-walk, or --suite: {', '.join(SUITES)}")
-    for task in tasks:
-        family, _, name = task.partition("/")
-        if family == "gym" and name:
-            continue
-        if family not in FAMILIES:
-            raise UserError(f"unknown task '{task}'; tasks are family/task with a family of {', '.join(FAMILIES)}, gym")
-        if name not in FAMILIES[family]:
-            raise UserError(f"unknown task '{task}'; {family}/ has: {', '.join(FAMILIES[family])}")
-        if family == "dmc" and name in DMC_EXTRA:
-            raise UserError(f"task '{task}' is not part of dm_control and not yet part of this project")
-    if len(set(tasks)) < len(tasks):
-        raise UserError("a task is named twice in --env-ids")
+    check_tasks(tasks)
     return tasks, steps if args.total_timesteps is None else args.total_timesteps
+
+
+def list_tasks() -> None:
+    """Prints families with their tasks, the packages that they lack, and suites."""
+    modules = {"dmc": ["dm_control"], "metaworld": ["metaworld"], "humanoidbench": ["humanoid_bench", "torch"],
+               "shadowhand": ["dex_envs", "gymnasium_robotics"]}  # fmt: skip
+    for family, tasks in FAMILIES.items():
+        missing = [module for module in modules[family] if importlib.util.find_spec(module) is None]
+        print(f"{family}/ ({len(tasks)} tasks){': missing ' + ', '.join(missing) if missing else ''}")
+        if missing and family == "shadowhand":
+            print(f"  {', '.join(SHADOWHAND_ENVPOOL)} run without; for the others: {INSTALL[family]}")
+        elif missing:
+            print(f"  {INSTALL[family]}")
+        print(f"  {' '.join(tasks)}")
+    print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
+    print("suites:")
+    for suite, (tasks, steps) in SUITES.items():
+        print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
 
 
 def normalized_score(task: str, episode_return: float, success: float) -> float:
@@ -313,33 +356,40 @@ def normalized_score(task: str, episode_return: float, success: float) -> float:
 
 # -------------------------------------------------------------------------------------------------- environments
 
-ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order
-    "dog-": "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors "
+ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order; and the
+    # hand's, whose achieved goal is part of the observation
+    "dmc/dog-": "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors "
     "foot_forces touch_sensors actuator_state",
-    "humanoid-": "joint_angles head_height extremities torso_vertical com_velocity velocity",
-    "quadruped-": "egocentric_state torso_velocity torso_upright imu force_torque",
-    "finger-spin": "position velocity touch",
-    "fish-swim": "joint_angles upright target velocity",
-    "fish-upright": "joint_angles upright velocity",
+    "dmc/humanoid-": "joint_angles head_height extremities torso_vertical com_velocity velocity",
+    "dmc/quadruped-": "egocentric_state torso_velocity torso_upright imu force_torque",
+    "dmc/finger-spin": "position velocity touch",
+    "dmc/fish-swim": "joint_angles upright target velocity",
+    "dmc/fish-upright": "joint_angles upright velocity",
+    "shadowhand/": "observation desired_goal",
 }
-ENVPOOL_BROKEN = {  # in envpool 1.2.5 these differ from Meta-World, which steps them instead
+ROTATE_Z = {  # what dex_envs asks of its objects, for all three hand tasks
+    "target_rotation": "z", "ignore_z_target_rotation": False, "randomize_initial_rotation": True,
+}  # fmt: skip
+ENVPOOL_BROKEN = {  # in envpool 1.2.5 these are other tasks than dm_control's and Meta-World's, which step them instead
     "metaworld/hammer", "metaworld/shelf-place",  # the goal moves on at every reset, out of reach
-    "metaworld/dial-turn",  # the dial does not turn
+    "metaworld/dial-turn",  # its MuJoCo is 3.6, with which not even Meta-World's expert turns the dial
+    "dmc/ball-in-cup-catch",  # the ball counts as caught too early
 }  # fmt: skip
 
 
 class DMControlEnv(gym.Env):
     """A dm_control task as a Gymnasium environment: flat float32 observation, actions rescaled by dm_control's own
-    wrapper to [-1, 1], truncation at dm_control's time limit (1,000 steps)."""
+    wrapper to [-1, 1], truncation at dm_control's time limit (1,000 steps).
+
+    load: makes the dm_control environment from a seed or None.
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(self, name: str, render_mode: str | None = None):
-        from dm_control import suite
+    def __init__(self, load: Callable[[int | None], Any], render_mode: str | None = None):
         from dm_control.suite.wrappers import action_scale
 
-        domain, task = next((d, t) for d, t in suite.ALL_TASKS if f"{d}-{t}".replace("_", "-") == name)
-        self.load = lambda seed: action_scale.Wrapper(suite.load(domain, task, {"random": seed}), minimum=-1, maximum=1)
+        self.load = lambda seed: action_scale.Wrapper(load(seed), minimum=-1, maximum=1)
         self.env, self.render_mode = self.load(None), render_mode
         size = sum(int(np.prod(spec.shape)) for spec in self.env.observation_spec().values())
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
@@ -363,6 +413,19 @@ class DMControlEnv(gym.Env):
         return self.env.physics.render(height=240, width=320, camera_id=0)
 
 
+def extra_task_id(name: str) -> str:
+    """Gymnasium's id of a task in DMC_EXTRA, after importing the file that registers them: the one thing that a script
+    takes from benchmark/, found beside the script whatever the current directory is."""
+    gym_id, path = f"brc/{name}-v0", Path(__file__).resolve().parent / "benchmark" / "dmc_extra_tasks.py"
+    if gym_id not in gym.registry:
+        if not path.exists():
+            source = f"benchmark/{path.name} of the repository that {Path(__file__).name} comes from"
+            raise UserError(f"dmc/{name} is not in dm_control but in {source}: copy it to {path}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return gym_id
+
+
 def make_env(task: str, render_mode: str | None = None, seed: int | None = None) -> gym.Env:
     """One Gymnasium environment with a flat Box observation, actions in [-1, 1] and the paper's episode length (E.1).
 
@@ -372,8 +435,14 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
         np.random.seed(seed)  # noqa: NPY002 (several HumanoidBench tasks draw from NumPy's global generator)
     family, _, name = task.partition("/")
     try:
-        if family == "dmc":
-            env = DMControlEnv(name, render_mode)
+        if family == "dmc" and name in DMC_EXTRA:
+            env = gym.make(extra_task_id(name), render_mode=render_mode)
+        elif family == "dmc":
+            from dm_control import suite
+
+            vars(np).setdefault("in1d", np.isin)  # dm_control's quadruped calls it; NumPy 2.4 dropped it
+            domain, task_name = next((d, t) for d, t in suite.ALL_TASKS if f"{d}-{t}".replace("_", "-") == name)
+            env = DMControlEnv(lambda seed: suite.load(domain, task_name, {"random": seed}), render_mode)
         elif family == "metaworld":
             import metaworld
 
@@ -385,6 +454,13 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
 
             robot, _, task_name = name.partition("-")
             env = gym.make(f"{robot}-{task_name.replace('-', '_')}-v0", render_mode=None)  # drawn by frame_renderer
+        elif family == "shadowhand" and name in SHADOWHAND_ENVPOOL:
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+            env = gym.make(SHADOWHAND_ENVPOOL[name], render_mode=render_mode)
+            for name_, value in ROTATE_Z.items():  # the constructors do not take them all
+                setattr(env.unwrapped, name_, value)
         elif family == "shadowhand":
             import dex_envs  # noqa: F401 (registers the tasks)
 
@@ -394,11 +470,12 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
     except ImportError as error:
         hint = INSTALL.get(family, f"pip install the package that registers {name}")
         raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
-    except (gym.error.Error, ValueError) as error:
-        raise UserError(f"cannot make {task}: {' '.join(str(error).split())}") from error
+    except (gym.error.Error, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"cannot make {task}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
         spaces = env.observation_space.spaces
-        keys = ["observation", "desired_goal"] if "desired_goal" in spaces else list(spaces)  # not the achieved goal
+        goal_keys = ["observation", "desired_goal"]  # the achieved goal is part of the observation
+        keys = goal_keys if set(goal_keys) <= set(spaces) else list(spaces)
         flat = gym.spaces.Box(-np.inf, np.inf, (sum(math.prod(spaces[key].shape) for key in keys),), np.float32)
         env = gym.wrappers.TransformObservation(env, lambda o: np.concatenate([np.ravel(o[k]) for k in keys]), flat)
     for space, what in ((env.observation_space, "observation"), (env.action_space, "action")):
@@ -418,12 +495,13 @@ def make_worker_env(task: str, seed: int) -> gym.Env:
 
 
 def envpool_id(task: str) -> str | None:
-    """envpool's name of a dmc/ or metaworld/ task, or None if it has none that works."""
+    """envpool's name of a dmc/, metaworld/ or shadowhand/ task, or None if it has none that works."""
     import envpool
 
     family, _, name = task.partition("/")
     camel = "".join(part.capitalize() for part in name.split("-"))
-    found = {"dmc": f"{camel}-v1", "metaworld": f"MetaWorld/{camel}-v3"}.get(family)
+    hand = SHADOWHAND_ENVPOOL.get(name)
+    found = {"dmc": f"{camel}-v1", "metaworld": f"MetaWorld/{camel}-v3", "shadowhand": hand}.get(family)
     return found if found in envpool.list_all_envs() and task not in ENVPOOL_BROKEN else None
 
 
@@ -433,14 +511,18 @@ class EnvPoolTask:
     def __init__(self, task: str, num_envs: int, seed: int):
         import envpool
 
-        kwargs = {"max_episode_steps": 200, "partially_observable": False} if task.startswith("metaworld/") else {}
+        kwargs = {
+            "metaworld": {"max_episode_steps": 200, "partially_observable": False},
+            "shadowhand": ROTATE_Z,
+        }.get(task.partition("/")[0], {})
         self.pool = envpool.make(envpool_id(task), env_type="gymnasium", num_envs=num_envs, seed=seed, **kwargs)
         space = self.pool.observation_space
         self.keys = list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
         for prefix, keys in ENVPOOL_KEYS.items():
-            if task.startswith(f"dmc/{prefix}"):
+            if task.startswith(prefix):
                 self.keys = keys.split()
         self.action_dim, self.num_envs, self.env_ids = self.pool.action_space.shape[0], num_envs, np.arange(num_envs)
+        self.low, self.high = np.float64(self.pool.action_space.low), np.float64(self.pool.action_space.high)
         self.observation_dim = self.reset().shape[1]
 
     def flatten(self, observation) -> np.ndarray:
@@ -452,31 +534,33 @@ class EnvPoolTask:
         return self.flatten(self.pool.reset()[0])
 
     def send(self, actions: np.ndarray) -> None:
+        actions = self.low + (np.float64(actions) + 1) / 2 * (self.high - self.low)  # quadruped's are not [-1, 1]
         self.pool.send(actions.astype(self.pool.action_space.dtype), self.env_ids)
 
     def recv(self):
         observation, reward, terminated, truncated, info = self.pool.recv()
-        return self.flatten(observation), reward, terminated, truncated, info.get("success", np.nan)
+        return self.flatten(observation), reward, terminated, truncated, info
 
     def close(self) -> None:
         self.pool.close()
 
 
 class GymnasiumTask:
-    """num_envs copies of one task, each in a worker process of Gymnasium's AsyncVectorEnv.
+    """One task in a worker process, a Gymnasium AsyncVectorEnv of one environment.
 
-    Workers come from a fork server that imported the heavy modules once: never a fork of this process, whose JAX
-    threads would not survive it. Like envpool, a worker resets on the step after done, ignoring that step's action.
+    The worker comes from a fork server that imported the heavy modules once: never a fork of this process, whose JAX
+    threads would not survive it. Like envpool, it resets on the step after done, ignoring that step's action.
     """
 
-    def __init__(self, task: str, num_envs: int, seed: int):
+    num_envs = 1
+
+    def __init__(self, task: str, seed: int):
         heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
-        self.task, self.num_envs, self.seed = task, num_envs, seed
-        constructors = [partial(make_worker_env, task, seed + copy) for copy in range(num_envs)]
-        self.envs = gym.vector.AsyncVectorEnv(constructors, context="forkserver")
+        self.task, self.seed = task, seed
+        self.envs = gym.vector.AsyncVectorEnv([partial(make_worker_env, task, seed)], context="forkserver")
         self.observation_dim = self.envs.single_observation_space.shape[0]
-        self.action_dim = self.envs.single_action_space.shape[0]
+        self.action_dim = gym.spaces.flatdim(self.envs.single_action_space)
         atexit.register(self.close)
 
     def call(self, function, *args, **kwargs):
@@ -496,40 +580,40 @@ class GymnasiumTask:
         return self.call(self.envs.reset, seed=seed)[0]
 
     def send(self, actions: np.ndarray) -> None:
-        self.call(self.envs.step_async, actions.astype(np.float32))
+        self.call(self.envs.step_async, actions.astype(self.envs.single_action_space.dtype))
 
     def recv(self):
-        observation, reward, terminated, truncated, info = self.call(self.envs.step_wait)
-        success = info.get("success", info.get("is_success", np.nan))
-        return observation, reward, terminated, truncated, success
+        return self.call(self.envs.step_wait)
 
     def close(self) -> None:
         for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
-            process.kill()
+            process.kill()  # without asking is_alive(): it says no once a signal has ended the fork server
         self.envs.closed = True
         atexit.unregister(self.close)
 
 
 class ParallelEnvs:
-    """num_envs environments for each of several tasks, stepped all at once; row t * num_envs + k is copy k of task t.
+    """num_envs copies of every task that envpool steps, and one of every other, stepped all at once.
 
-    Observations are zero-padded to the widest task, actions cut to the task's own size (DESIGN of E.1 mixes). After
-    terminated or truncated, the next step resets that row: it returns the first observation and ignores the action.
+    Row r is a copy of task task_ids[r]. Observations are zero-padded to the widest task, actions cut to the task's own
+    size (E.1's mixes). After terminated or truncated, the next step resets that row: it returns the first observation
+    and ignores the action.
     """
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
         seeds = np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
-        self.num_envs, self.pools = num_envs, []
-        for task, task_seed in zip(tasks, seeds, strict=True):
-            self.pools.append(self.make_pool(task, num_envs, int(task_seed), backend))
-        self.size = len(tasks) * num_envs
+        self.pools = [self.make_pool(t, num_envs, int(s), backend) for t, s in zip(tasks, seeds, strict=True)]
+        self.task_ids = np.repeat(np.arange(len(tasks)), [pool.num_envs for pool in self.pools])
+        starts = np.cumsum([0] + [pool.num_envs for pool in self.pools])
+        self.rows = [(slice(*ends), pool) for ends, pool in zip(itertools.pairwise(starts), self.pools, strict=True)]
+        self.size = len(self.task_ids)
         self.observation_dims = [pool.observation_dim for pool in self.pools]
         self.action_dims = [pool.action_dim for pool in self.pools]
         self.observation_dim, self.action_dim = max(self.observation_dims), max(self.action_dims)
         self.action_mask = np.arange(self.action_dim) < np.array(self.action_dims)[:, None]
 
     def make_pool(self, task: str, num_envs: int, seed: int, backend: str):
-        if backend != "gymnasium" and task.startswith(("dmc/", "metaworld/")):
+        if backend != "gymnasium" and task.startswith(("dmc/", "metaworld/", "shadowhand/")):
             try:
                 if envpool_id(task):
                     return EnvPoolTask(task, num_envs, seed)
@@ -540,34 +624,32 @@ class ParallelEnvs:
                 raise UserError(f"{problem}; or take --env-backend auto")
         elif backend == "envpool":
             raise UserError(f"envpool has no {task}; take --env-backend auto")
-        return GymnasiumTask(task, num_envs, seed)
+        return GymnasiumTask(task, seed)
 
     def reset(self) -> np.ndarray:
         observations = np.zeros((self.size, self.observation_dim), np.float32)
-        for rows, pool in self.rows():
+        for rows, pool in self.rows:
             observations[rows, : pool.observation_dim] = pool.reset()
         return observations
 
-    def rows(self) -> list[tuple[slice, EnvPoolTask | GymnasiumTask]]:
-        return [(slice(i * self.num_envs, (i + 1) * self.num_envs), pool) for i, pool in enumerate(self.pools)]
-
-    def send(self, actions: np.ndarray) -> None:
-        """actions: [size, action_dim] in [-1, 1]."""
-        for rows, pool in self.rows():
+    def send(self, actions: np.ndarray, resting: np.ndarray | None = None) -> None:
+        """actions: [size, action_dim] in [-1, 1]. Tasks whose rows of `resting` [size] are all True are not stepped."""
+        self.stepping = [(rows, pool) for rows, pool in self.rows if resting is None or not resting[rows].all()]
+        for rows, pool in self.stepping:
             pool.send(actions[rows, : pool.action_dim])
 
     def recv(self):
         """Returns observations [size, observation_dim] and rewards, terminated, truncated, success, each [size].
 
-        success is NaN where the environment reports none.
+        success is NaN where the environment reports none; all is zero where a task was not stepped.
         """
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         rewards, success = np.zeros(self.size, np.float32), np.full(self.size, np.nan, np.float32)
         terminated, truncated = np.zeros(self.size, bool), np.zeros(self.size, bool)
-        for rows, pool in self.rows():
-            result = pool.recv()
-            observations[rows, : pool.observation_dim] = result[0]
-            rewards[rows], terminated[rows], truncated[rows], success[rows] = result[1:]
+        for rows, pool in self.stepping:
+            observation, rewards[rows], terminated[rows], truncated[rows], info = pool.recv()
+            observations[rows, : pool.observation_dim] = observation
+            success[rows] = info.get("success", info.get("is_success", np.nan))
         return observations, rewards, terminated, truncated & ~terminated, success
 
     def close(self) -> None:
@@ -651,13 +733,18 @@ class Replay:
         return self.gather(np.full(batch_size, task, np.int32), slots)
 
     def gather(self, task_ids: np.ndarray, slots: np.ndarray) -> Batch:
+        now, following = task_ids * self.slots + slots, task_ids * self.slots + (slots + 1) % self.slots
+        # take() of flat arrays: twice as fast as indexing with two arrays
+        take = lambda array, rows: array.reshape(-1, *array.shape[2:]).take(rows, axis=0)  # noqa: E731
         return Batch(
-            self.observations[task_ids, slots], self.actions[task_ids, slots], self.rewards[task_ids, slots],
-            self.terminated[task_ids, slots], self.observations[task_ids, (slots + 1) % self.slots], task_ids,
+            take(self.observations, now), take(self.actions, now), take(self.rewards, now),
+            take(self.terminated, now), take(self.observations, following), task_ids,
         )  # fmt: skip
 
-    def records(self, task: int, slots: np.ndarray, observation_dim: int, action_dim: int) -> np.ndarray:
-        """Slots of one task as a structured array, cut to that task's own sizes: what is written to disk."""
+    def records(self, task: int, slots: np.ndarray, observation_dim=None, action_dim=None) -> np.ndarray:
+        """Slots of one task as a structured array, cut to the given sizes: what is written to disk."""
+        observation_dim = observation_dim or self.observations.shape[-1]
+        action_dim = action_dim or self.actions.shape[-1]
         dtype = [("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
                  ("terminated", "?"), ("valid", "?")]  # fmt: skip
         records = np.zeros(len(slots), dtype)
@@ -668,7 +755,7 @@ class Replay:
         return records
 
     def load_records(self, task: int, slots: np.ndarray, records: np.ndarray) -> None:
-        """Inverse of `records` with the full observation and action sizes."""
+        """Inverse of `records`, uncut."""
         self.observations[task, slots], self.actions[task, slots] = records["observation"], records["action"]
         self.rewards[task, slots], self.terminated[task, slots] = records["reward"], records["terminated"]
         self.valid[task, slots] = records["valid"]
@@ -731,7 +818,11 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        x = nn.Dense(self.num_heads * self.features, kernel_init=orthogonal)(x)
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
+            keys = jax.random.split(key, self.num_heads)
+            return jnp.concatenate([orthogonal(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+
+        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
         if self.num_heads == 1:
             return x
         x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
@@ -741,7 +832,7 @@ class Heads(nn.Module):
 class Critic(nn.Module):
     """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
 
-    arch: str
+    backbone: type[nn.Module]
     width: int
     depth: int
     features: int
@@ -749,8 +840,7 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[self.arch]
-        return Heads(self.features, self.num_heads)(backbone(self.width, self.depth)(x), task_ids)
+        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
 
 
 class Actor(nn.Module):
@@ -889,7 +979,8 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
     atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
     actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
     critic_outputs_dim = args.num_atoms if categorical else 1
-    critic_network = Critic(args.critic_arch, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
+    backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[args.critic_arch]
+    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
     embedding_network = nn.Embed(num_tasks, args.embedding_size)
     actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
     critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
@@ -996,7 +1087,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
 
         target, rewards = critic_target(state, batch, max_return, critic_key)
         critic_value, gradient = jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
-        critic_norm = optax.global_norm(gradient)
+        critic_norm = optax.tree.norm(gradient)
         step, optimizer = critic_optimizer.update(gradient, state.critic_optimizer, state.critic)
         critic = optax.apply_updates(state.critic, step)
         target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
@@ -1004,7 +1095,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
 
         actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
         (actor_value, log_probs), gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
-        actor_norm = optax.global_norm(gradient)
+        actor_norm = optax.tree.norm(gradient)
         step, optimizer = actor_optimizer.update(gradient, state.actor_optimizer, state.actor)
         state = state._replace(actor=optax.apply_updates(state.actor, step), actor_optimizer=optimizer)
 
@@ -1079,7 +1170,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
 
     def parameter_norm(state: AgentState):
         """Norm of all network parameters, finite if they all are."""
-        return optax.global_norm((state.actor, state.critic, state.target_critic))
+        return optax.tree.norm((state.actor, state.critic, state.target_critic))
 
     return Agent(init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0),
                  jax.jit(task_statistics), jax.jit(embeddings), jax.jit(parameter_norm))  # fmt: skip
@@ -1092,31 +1183,38 @@ def parameter_count(tree) -> int:
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list):
-    """Return and success of deterministic episodes, each [num_tasks, episodes]; None if `stop` fills meanwhile.
+EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
 
-    Every environment plays the same number of whole episodes, so that short episodes are not counted more often.
+
+def eval_copies(num_tasks: int, episodes: int) -> int:
+    """Copies of each task that evaluation steps at once: a divisor of `episodes`, so that none is played in vain."""
+    return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
+
+
+def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list):
+    """Returns and successes of deterministic episodes, a list of [episodes] per task; None if `stop` fills meanwhile.
+
+    Every copy of a task plays the same number of whole episodes, so that short episodes are not counted more often.
     """
-    num_tasks = envs.size // envs.num_envs
-    task_ids = np.repeat(np.arange(num_tasks), envs.num_envs)
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
     episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
-    done, quota = np.zeros(envs.size, bool), math.ceil(episodes / envs.num_envs)
-    observations = envs.reset()
-    while min(map(len, returns)) < quota:
+    quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
+    done, observations = np.zeros(envs.size, bool), envs.reset()
+    while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop:
             return None
-        envs.send(np.asarray(agent.act_deterministic(state.actor, state.critic, observations, task_ids)))
+        actions = np.asarray(agent.act_deterministic(state.actor, state.critic, observations, envs.task_ids))
+        envs.send(actions, resting=finished)
         observations, rewards, terminated, truncated, success = envs.recv()
         episode_return += np.where(done, 0, rewards)  # the step after done was a reset
         episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
         done = ~done & (terminated | truncated)
         for row in np.flatnonzero(done):
-            if len(returns[row]) < quota:
+            if len(returns[row]) < quota[row]:
                 returns[row].append(episode_return[row])
                 successes[row].append(episode_success[row])
         episode_return[done] = 0
-    return np.reshape(returns, (num_tasks, -1)), np.reshape(successes, (num_tasks, -1))
+    return tuple([np.concatenate(episodes[rows]) for rows, _ in envs.rows] for episodes in (returns, successes))
 
 
 def frame_renderer(env: gym.Env):
@@ -1185,6 +1283,7 @@ def log_task_statistics(agent, state, replay, normalizer, tasks, run_dir: Path, 
 # --------------------------------------------------------------------------------------- logging and checkpoints
 
 SCRIPT = "brc_sac_continuous"
+PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
 RESUMABLE = {  # arguments that a resumed run may change
     "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "save_replay",
@@ -1214,8 +1313,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = json.loads(path.read_text())
         if saved.get("script", SCRIPT) != SCRIPT:
             raise UserError(f"--resume {args.resume}: that run was made by {saved['script']}, not by this script")
-        saved["env_ids"] = tuple(saved["env_ids"])
-        default = Args(**{field.name: saved[field.name] for field in fields(Args)})
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        known = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}  # older runs lack some
+        default = Args(**{**known, "env_ids": tuple(saved["env_ids"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {args.resume}: no run of this script there ({path}: {error})") from error
     args = tyro.cli(Args, args=argv, default=default)
@@ -1234,7 +1334,7 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     versions = {"python": platform.python_version()}
-    for package in ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium"):
+    for package in PACKAGES:
         try:
             versions[package] = version(package)
         except ImportError:
@@ -1322,9 +1422,13 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
                     shutil.copy2(piece, partial_path / "replay" / piece.name)
     first = max(first, replay.inserted - replay.slots + 1)
     slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    sizes = replay.observations.shape[-1], replay.actions.shape[-1]
-    records = np.stack([replay.records(task, slots, *sizes) for task in range(len(replay.valid))])
-    np.save(partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy", records)
+    with (partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+        header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
+        for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
+            records = replay.records(task, slots)
+            if task == 0:
+                np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
+            piece.write(records)
     files = {str(f.relative_to(partial_path)): checksum(f) for f in sorted(partial_path.rglob("*")) if f.is_file()}
     contents = {**counters, "replay_inserted": replay.inserted, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
@@ -1385,6 +1489,8 @@ def save_replay(directory: Path, replay: Replay, tasks: list[str], envs: Paralle
 
 def main(args: Args) -> None:
     """Trains one agent on the tasks of `args`; everything it writes is in its run directory."""
+    if args.list_tasks:
+        return list_tasks()
     check_args(args)
     tasks, total_timesteps = resolve_tasks(args)
     if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
@@ -1410,7 +1516,7 @@ def main(args: Args) -> None:
         wall_time, last_evaluation = counters["wall_time"], counters["last_evaluation"]
         normalizer.max_return = np.array(counters["max_return"], np.float32)
         rng.bit_generator.state = counters["rng"]
-        if step >= total_timesteps:
+        if step > total_timesteps or last_evaluation >= total_timesteps:  # else its last evaluation is missing
             raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-timesteps")
         print(f"resumed {run_dir} at step {step:,}")
 
@@ -1428,9 +1534,8 @@ def main(args: Args) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
         signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
     logger = Logger(args, run_dir, step if args.resume else -1)
-    all_envpool = args.env_backend != "gymnasium" and all(isinstance(pool, EnvPoolTask) for pool in envs.pools)
-    eval_envs = ParallelEnvs(tasks, args.eval_episodes if all_envpool else 1, int(eval_seed), args.env_backend)
-    task_ids = np.arange(num_tasks)
+    eval_envs = ParallelEnvs(tasks, eval_copies(num_tasks, args.eval_episodes), int(eval_seed), args.env_backend)
+    task_ids = jnp.arange(num_tasks)
     act_key = jax.random.PRNGKey(args.seed + 1)
     started, last_checkpoint, last_log = time.time() - wall_time, step, (time.time(), step)
     episode_return, train_returns, rows, metrics = np.zeros(num_tasks), {}, [], None
@@ -1524,7 +1629,7 @@ def main(args: Args) -> None:
     logger.close()
     envs.close()
     eval_envs.close()
-    if stop and step < total_timesteps:
+    if stop and last_evaluation < total_timesteps:
         print(f"stopped at step {step:,}" + f"; continue with --resume {run_dir}" * bool(checkpoint_steps(run_dir)))
     else:
         print_table(rows)

@@ -1,13 +1,15 @@
 """How fast brc_sac_continuous.py is, as ratios measured in one run of one machine.
 
-Three questions, each answered on the script's own code:
+Four questions, each answered on the script's own code:
   1. update   what share of the machine's float32 matrix product does the compiled update reach?
   2. loop     of the training loop's wall time, how much is neither environment nor update?
   3. overlap  with environments that sleep, how close is a step to max(environment, update)?
+  4. environments  how many vector steps per second do the parallel environments make, and how many does a plain loop?
 
   python benchmark/speed.py update --widths 256 1024 --batch-size 1024
   python benchmark/speed.py loop --env-ids dmc/walker-walk metaworld/reach --critic-width 128 --batch-size 128
   python benchmark/speed.py overlap
+  python benchmark/speed.py environments --suites metaworld dmc-dogs mw-dmc
 
 Absolute times depend on the machine and on what else runs there; the ratios are what to compare.
 """
@@ -141,16 +143,21 @@ class Loop:
     def __call__(self) -> list[dict]:
         spent: dict[str, float] = defaultdict(float)
         marks: list[tuple[float, dict]] = []
+        dispatched = [0.0]  # when the running update was
 
         def timed(name, function, wait=None):
             def call(*args, **kwargs):
                 if wait:  # acting needs the newest policy: waiting for the update is not acting
                     start = time.perf_counter()
+                    spent["behind the update"] += start - (dispatched[0] or start)
                     jax.block_until_ready(wait(*args))
                     spent["update (waiting)"] += time.perf_counter() - start
                 start = time.perf_counter()
                 result = jax.block_until_ready(function(*args, **kwargs)) if wait else function(*args, **kwargs)
-                spent[name] += time.perf_counter() - start
+                end = time.perf_counter()
+                spent[name] += end - start
+                if name == "update (dispatch)":
+                    dispatched[0] = end
                 return result
 
             return call
@@ -163,10 +170,11 @@ class Loop:
             )
 
         class Envs(brc.ParallelEnvs):
-            def __init__(self, *args):
-                super().__init__(*args)
-                if self.num_envs == 1:  # the training environments, not the evaluation's
-                    self.send, self.recv = timed("environments", self.send), timed("environments", self.recv)
+            def __init__(self, tasks, num_envs, *args):
+                super().__init__(tasks, num_envs, *args)
+                if num_envs == 1:  # the training environments, not the evaluation's
+                    self.send = timed("environments (send)", self.send)
+                    self.recv = timed("environments (receive)", self.recv)
 
         class Progress(brc.tqdm):
             def update(self, n=1):
@@ -186,7 +194,7 @@ class Loop:
             run_script(
                 ["--env-ids", *self.env_ids, "--critic-width", str(self.critic_width), "--batch-size",
                  str(self.batch_size), "--learning-starts", str(starts), "--total-timesteps", str(total + 1),
-                 "--eval-every", str(10**9), "--eval-episodes", "1", "--checkpoint-every", str(10**9)],
+                 "--eval-every", str(10**9), "--eval-episodes", "2", "--checkpoint-every", str(10**9)],
                 make_agent, Envs,
             )  # fmt: skip
         finally:
@@ -196,15 +204,17 @@ class Loop:
         (start, before), (end, after) = marks[starts + warm_up], marks[total]
         wall = end - start
         parts = {name: after[name] - before.get(name, 0) for name in after}
+        behind = parts.pop("behind the update")
         parts["everything else"] = wall - sum(parts.values())
         rows = [
             {"part": name, "ms_per_step": round(1e3 * s / self.steps, 3), "share": round(s / wall, 3)}
             for name, s in sorted(parts.items(), key=lambda item: -item[1])
         ]
-        outside = sum(s for name, s in parts.items() if name != "environments" and not name.startswith("update"))
-        rows.append({"part": "neither environment nor update", "ms_per_step": round(1e3 * outside / self.steps, 3),
-                     "share": round(outside / wall, 3)})  # fmt: skip
-        rows.append({"part": "wall", "ms_per_step": round(1e3 * wall / self.steps, 3), "share": 1.0})
+        outside = sum(s for name, s in parts.items() if not name.startswith(("environments", "update")))
+        hidden = behind - parts["environments (receive)"]  # what Python does while the device computes costs no time
+        for part, s in (("neither environment nor update", outside), ("  of this, while an update runs", hidden),
+                        ("  of this, while none runs", outside - hidden), ("wall", wall)):  # fmt: skip
+            rows.append({"part": part, "ms_per_step": round(1e3 * s / self.steps, 3), "share": round(s / wall, 3)})
         return rows
 
 
@@ -222,7 +232,7 @@ class SleepingTask:
 
     def recv(self):
         time.sleep(max(0.0, self.ready - time.perf_counter()))
-        return np.zeros((1, self.observation_dim)), np.ones(1), np.zeros(1, bool), np.zeros(1, bool), np.nan
+        return np.zeros((1, self.observation_dim)), np.ones(1), np.zeros(1, bool), np.zeros(1, bool), {}
 
     def close(self):
         pass
@@ -289,11 +299,69 @@ class Overlap:
         return rows
 
 
+@dataclass
+class Environments:
+    """Vector steps per second, one step of every task of a suite, with random actions: the script's parallel
+    environments beside a plain Python loop over the same tasks' Gymnasium environments."""
+
+    suites: tuple[str, ...] = ("metaworld", "dmc-dogs", "mw-dmc")
+    """suites to step; hb-medium and hb-hard need HumanoidBench"""
+    seconds: float = 20.0
+    """time to step each for"""
+
+    def __call__(self) -> list[dict]:
+        rows, rng = [], np.random.default_rng(0)
+        for suite in self.suites:
+            tasks, _ = brc.SUITES[suite]
+            parallel = brc.ParallelEnvs(tasks, 1, 0, "auto")
+            parallel.reset()
+
+            def vector_step(envs):
+                envs.send(rng.uniform(-1, 1, (envs.size, envs.action_dim)).astype(np.float32))
+                envs.recv()
+
+            rate = self.rate(lambda: vector_step(parallel))  # noqa: B023
+            in_envpool = sum(isinstance(pool, brc.EnvPoolTask) for pool in parallel.pools)
+            parallel.close()
+            plain = [brc.make_env(task, seed=0) for task in tasks]
+            for env in plain:
+                env.reset(seed=0)
+
+            def sequential_step(envs):
+                for env in envs:
+                    *_, terminated, truncated, _ = env.step(
+                        rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+                    )
+                    if terminated or truncated:
+                        env.reset()
+
+            sequential_rate = self.rate(lambda: sequential_step(plain))  # noqa: B023
+            for env in plain:
+                env.close()
+            rows.append({
+                "suite": suite, "tasks": len(tasks), "in_envpool": in_envpool,
+                "parallel_vector_steps_per_second": round(rate, 2),
+                "sequential_vector_steps_per_second": round(sequential_rate, 2),
+                "ratio": round(rate / sequential_rate, 2),
+            })  # fmt: skip
+        return rows
+
+    def rate(self, step) -> float:
+        """Calls per second over self.seconds, long enough for the resets to count."""
+        step()
+        start, calls = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - start) < self.seconds:
+            step()
+            calls += 1
+        return calls / elapsed
+
+
 def main() -> None:
     Command = (
         Annotated[Update, tyro.conf.subcommand("update")]
         | Annotated[Loop, tyro.conf.subcommand("loop")]
         | Annotated[Overlap, tyro.conf.subcommand("overlap")]
+        | Annotated[Environments, tyro.conf.subcommand("environments")]
     )
     command = tyro.cli(Command, description=__doc__)
     rows = command()

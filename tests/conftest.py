@@ -1,6 +1,101 @@
-"""Puts the repository root on the path: the scripts are single files, not a package."""
+"""Puts the repository root on the path, as the scripts are single files and no package, and holds what the tests of
+every script's command line share. A module that takes these fixtures names its script in SCRIPT. Counts the tasks that
+test_every_task.py stepped.
+"""
 
+import os
+import runpy
+import signal
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Environment variables of a run: finds the test tasks, stays on the CPU and shares compiled code with others."""
+    return os.environ | {
+        "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared_compiled_code(environment):
+    """Runs in this process use the processes' cache of compiled code too: most runs here compile the same agent."""
+    settings = {
+        "jax_compilation_cache_dir": environment["JAX_COMPILATION_CACHE_DIR"],
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope="module")
+def run(request, environment):
+    """run(*arguments): the finished process of the script, with its output; fails when it does not end."""
+
+    def run(*arguments, seconds: float = 400, **variables: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(request.module.SCRIPT), *map(str, arguments)]
+        return subprocess.run(
+            command, env=environment | variables, capture_output=True, text=True, timeout=seconds, cwd=TESTS.parent
+        )
+
+    return run
+
+
+@pytest.fixture
+def own_signal_handlers():
+    """`main` sets handlers of SIGINT and SIGTERM; here they must not outlive the test."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def command_line(request, monkeypatch, capfd):
+    """command_line(*arguments): exit status and standard error of the script, run as __main__ in this process."""
+
+    def command_line(*arguments) -> tuple[int, str]:
+        script = str(request.module.SCRIPT)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        status = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+        return status, capfd.readouterr().err
+
+    return command_line
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tasks of each family test_every_task.py stepped."""
+    counts = {
+        outcome: Counter(
+            report.nodeid.partition("[")[2].partition("/")[0]
+            for report in terminalreporter.stats.get(outcome, [])
+            if "test_every_task.py::test_steps[" in report.nodeid
+        )
+        for outcome in ("passed", "failed", "skipped")
+    }
+    if families := sorted({family for counter in counts.values() for family in counter}):
+        terminalreporter.section("tasks stepped")
+        for family in families:
+            done, total = counts["passed"][family], sum(counter[family] for counter in counts.values())
+            terminalreporter.write_line(f"{family}: {done} of {total}")

@@ -1,6 +1,6 @@
 """Small Gymnasium environments with known rewards, known ends and known faults, as `gym/gym_tasks:<Id>-v0`.
 
-A process that runs them needs this directory in PYTHONPATH; see `test_cli.environment`.
+A process that runs them needs this directory in PYTHONPATH; see the fixture `environment`.
 """
 
 import os
@@ -167,6 +167,7 @@ REGISTERED = {
     "NaNReward": (BadReward, {"bad": np.nan}),
     "PointRight": (Point, {"goal": (0.7, 0.4)}),
     "PointLeft": (Point, {"goal": (-0.7, -0.4)}),
+    "Wide": (Counter, {"length": 5, "ends": "truncated", "size": 2000}),
     "Plain": (Plain, {}),
     "Ordered": (Ordered, {}),
     "Goal": (Goal, {}),

@@ -302,7 +302,8 @@ class Reference:
         heads = num_tasks if args.task_conditioning == "heads" else 1
         outputs = args.num_atoms if args.critic_loss == "ce" else 1
         self.embedded = num_tasks > 1 and args.task_conditioning == "embedding"
-        self.critic_network = brc.Critic(args.critic_arch, args.critic_width, args.critic_depth, outputs, heads)
+        backbone = {"bronet": brc.BroNet, "simba": brc.SimBa, "mlp": brc.MLP}[args.critic_arch]
+        self.critic_network = brc.Critic(backbone, args.critic_width, args.critic_depth, outputs, heads)
         self.actor_network = brc.Actor(args.actor_width, args.actor_depth, ACTION_DIM, heads)
         self.atoms = args.v_min + np.arange(args.num_atoms) * (args.v_max - args.v_min) / (args.num_atoms - 1)
 

@@ -4,16 +4,13 @@ Runs are processes of their own where a signal, an exit status or a hang is what
 `train` call the script in this process, which saves the 10 s of importing JAX.
 """
 
-import csv
 import ctypes
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -25,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from tensorboardX.proto.event_pb2 import Event
+from run_files import assert_same, counters, curve, error_line, started, tensorboard, wait_for_checkpoint
 
 import brc_sac_continuous as brc
 
@@ -35,84 +31,12 @@ SCRIPT = TESTS.parent / "brc_sac_continuous.py"
 SMALL = """--critic-width 32 --critic-depth 1 --actor-width 32 --batch-size 32 --eval-episodes 1""".split()
 NO_UPDATES = ["--learning-starts", "1000000"]  # nothing to compile but the policy
 REACH, PUSH = "metaworld/reach", "metaworld/push"
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Environment variables of a run: finds `gym_tasks`, stays on the CPU and shares compiled code with other runs."""
-    return os.environ | {
-        "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", "WANDB_MODE": "offline", "WANDB_SILENT": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compiled_code(environment):
-    """Runs in this process use the processes' cache of compiled code too: most runs here compile the same agent."""
-    settings = {
-        "jax_compilation_cache_dir": environment["JAX_COMPILATION_CACHE_DIR"],
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
-
-
-@pytest.fixture(scope="module")
-def run(environment):
-    """run(*arguments): the finished process of the script, with its output; fails when it does not end."""
-
-    def run(*arguments, seconds: float = 400, **variables: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        return subprocess.run(
-            command, env=environment | variables, capture_output=True, text=True, timeout=seconds, cwd=TESTS.parent
-        )
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    """`main` sets handlers of SIGINT and SIGTERM; here they must not outlive the test."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-
-
-@pytest.fixture
-def command_line(monkeypatch, capfd):
-    """command_line(*arguments): exit status and standard error of the script, run as __main__ in this process."""
-
-    def command_line(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as error:
-            status = error.code
-        return status, capfd.readouterr().err
-
-    return command_line
+pytestmark = pytest.mark.usefixtures("shared_compiled_code", "own_signal_handlers")
 
 
 def train(*arguments) -> None:
     """The script in this process, on this module's import of it; UserError comes through."""
     brc.main(brc.parse_args([str(argument) for argument in arguments]))
-
-
-def curve(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "eval.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def counters(run_dir: Path, step: int | str) -> dict:
-    return json.loads((run_dir / "checkpoints" / str(step) / "checkpoint.json").read_text())
 
 
 def zero_state(args: brc.Args, num_tasks: int, observation_dim: int, action_dim: int) -> brc.AgentState:
@@ -129,27 +53,6 @@ def restored(run_dir: Path) -> tuple[brc.AgentState, brc.Replay, dict]:
     replay = brc.Replay(sizes[0], min(args.buffer_size, max(args.total_timesteps, 1) + 1000), *sizes[1:])
     state, loaded = brc.load_checkpoint(run_dir, zero_state(args, *sizes), replay)
     return state, replay, loaded
-
-
-def assert_same(one, other) -> None:
-    """Bit for bit: two AgentStates, or two Replays."""
-    if isinstance(one, brc.Replay):
-        one, other = vars(one), vars(other)
-    leaves, others = jax.tree.leaves_with_path(one), jax.tree.leaves(other)
-    assert len(leaves) == len(others)
-    for (path, leaf), counterpart in zip(leaves, others, strict=True):
-        leaf, counterpart = np.asarray(leaf), np.asarray(counterpart)
-        assert leaf.dtype == counterpart.dtype and leaf.shape == counterpart.shape, jax.tree_util.keystr(path)
-        assert leaf.tobytes() == counterpart.tobytes(), f"{jax.tree_util.keystr(path)} differs"
-
-
-def error_line(stderr: str) -> str:
-    """The one line that a user sees; progress bars and warnings about checkpoints may come before it."""
-    assert "Traceback" not in stderr and "Exception ignored" not in stderr, stderr
-    lines = [line for line in re.split(r"[\r\n]", stderr) if line.startswith("error: ")]
-    assert len(lines) == 1, stderr
-    assert stderr.rstrip().endswith(lines[0]), f"something follows the error:\n{stderr}"
-    return lines[0]
 
 
 # ------------------------------------------------------------------------------------------- --total-timesteps 0
@@ -222,15 +125,9 @@ def test_eval_csv(finished):
             assert float(row["score"]) == pytest.approx(float(row["return"]) / 1000, abs=1e-5)
 
 
-def test_tensorboard(finished):
+def test_tensorboard_points(finished):
     _, run_dir = finished
-    (path,) = run_dir.glob("events.out.tfevents.*")
-    data, values = path.read_bytes(), {}
-    while data:  # records: length, its checksum, event, its checksum
-        (length,) = struct.unpack("<Q", data[:8])
-        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
-        for value in event.summary.value:
-            values.setdefault(value.tag, []).append((event.step, value.simple_value))
+    values = tensorboard(run_dir)
     expected = """losses/critic losses/actor losses/temperature gradient_norms/critic gradient_norms/actor
         policy/entropy policy/temperature train/return/metaworld/reach normalizer/metaworld/reach
         normalizer/dmc/cartpole-swingup speed/steps_per_second eval/mean_return eval/mean_score
@@ -586,20 +483,6 @@ def test_resume_continues_normalizer_replay_and_counters(tmp_path):
     assert replay_after.observations[0, 151, :2].tolist() == [0, 0], "a first observation follows"
 
 
-def started(run_dir_arguments, environment, log: Path) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), *map(str, run_dir_arguments)]
-    with log.open("w") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-
-
-def wait_for_checkpoint(run_dir: Path, step: int, process: subprocess.Popen, log: Path, seconds: float = 400) -> None:
-    deadline = time.monotonic() + seconds
-    while not (found := brc.checkpoint_steps(run_dir)) or found[0] < step:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.005)
-
-
 def test_kill_then_terminate_then_finish(environment, run, tmp_path):
     """kill -9 after a checkpoint, resume; SIGTERM, resume; the run ends as if nothing had happened."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -607,7 +490,7 @@ def test_kill_then_terminate_then_finish(environment, run, tmp_path):
         *("--env-ids", REACH, PUSH, *SMALL, "--total-timesteps", 1500, "--learning-starts", 100, "--eval-every", 150),
         *("--checkpoint-every", 100, "--run-root", tmp_path, "--run-name", "run"),
     ]
-    process = started(arguments, environment, log)
+    process = started(SCRIPT, arguments, environment, log)
     wait_for_checkpoint(run_dir, 200, process, log)
     process.kill()
     process.wait()
@@ -615,7 +498,7 @@ def test_kill_then_terminate_then_finish(environment, run, tmp_path):
     assert killed_at < 1500, "finished before it could be killed"
     args_before = json.loads((run_dir / "args.json").read_text())
 
-    process = started(["--resume", run_dir], environment, log)
+    process = started(SCRIPT, ["--resume", run_dir], environment, log)
     wait_for_checkpoint(run_dir, killed_at + 200, process, log)
     process.terminate()
     assert process.wait(timeout=120) == 0, log.read_text()
@@ -641,13 +524,19 @@ def test_kill_then_terminate_then_finish(environment, run, tmp_path):
     assert {**args_after, "resume": None} == {**args_before, "resume": None}
 
 
-def test_ctrl_c_reaches_worker_processes_too(environment, tmp_path):
-    """A terminal sends SIGINT to the whole process group, as SLURM does with SIGTERM."""
+def started_with_worker(environment, tmp_path: Path) -> tuple[Path, Path, subprocess.Popen]:
+    """Run directory, log and process of a long run on a task with a worker process, after its first checkpoint."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = ["--env-ids", "gym/gym_tasks:Slow-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 100_000]
     arguments += ["--checkpoint-every", 50, "--run-root", tmp_path, "--run-name", "run"]
-    process = started(arguments, environment, log)
+    process = started(SCRIPT, arguments, environment, log)
     wait_for_checkpoint(run_dir, 50, process, log)
+    return run_dir, log, process
+
+
+def test_ctrl_c_reaches_worker_processes_too(environment, tmp_path):
+    """A terminal sends SIGINT to the whole process group, as SLURM does with SIGTERM."""
+    run_dir, log, process = started_with_worker(environment, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     try:
         status = process.wait(timeout=60)
@@ -674,11 +563,7 @@ def processes_of(group: int) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's /proc")
 def test_workers_end_with_a_killed_run(environment, tmp_path):
     """kill -9 of the main process must not leave environments behind, which ignore the gentler signals."""
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = ["--env-ids", "gym/gym_tasks:Slow-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 100_000]
-    arguments += ["--checkpoint-every", 50, "--run-root", tmp_path, "--run-name", "run"]
-    process = started(arguments, environment, log)
-    wait_for_checkpoint(run_dir, 50, process, log)
+    run_dir, log, process = started_with_worker(environment, tmp_path)
     assert len(processes_of(process.pid)) >= 3, "main, fork server and a worker at least"
     process.kill()
     process.wait()

@@ -46,7 +46,7 @@ def blocks(script: Path) -> dict[str, tuple[str | None, str]]:
     return found
 
 
-@scripts
+@pytest.mark.parametrize("script", [*SCRIPTS, *sorted(ROOT.glob("benchmark/*.py"))], ids=lambda path: path.name)
 def test_copied_blocks_have_not_drifted(script):
     for name, (source, text) in blocks(script).items():
         if source:
