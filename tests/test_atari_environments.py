@@ -1,0 +1,427 @@
+"""Environments and evaluation of brc_drq_atari.py: real games by envpool and by ale-py, pixel tasks, faults.
+
+What was found when both played the same actions in all 46 games (slow test below): after equally many no-ops, every
+frame, reward, number of lives and end of a game is the same, bit for bit, over 400 steps and across new games. Only
+the final frame differs where a game ends amid a step's four emulated frames: envpool shows what was drawn last, and
+AtariPreprocessing pools with frames of the step before. Nothing is learned from that frame, as the game is over.
+Otherwise only their random generators differ, which draw 1 to 30 no-ops at the start of each game.
+"""
+
+import sys
+import time
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import brc_drq_atari as brc
+
+GAMES = list(brc.ATARI)
+PIXELS = "gym/pixel_tasks:Pixel"
+
+
+@pytest.fixture
+def environments():
+    """environments(tasks, num_envs=1, seed=0, backend="auto"): ParallelEnvs that the end of the test closes."""
+    opened = []
+
+    def build(tasks: list[str], num_envs: int = 1, seed: int = 0, backend: str = "auto") -> brc.ParallelEnvs:
+        opened.append(brc.ParallelEnvs(tasks, num_envs, seed, backend))
+        return opened[-1]
+
+    yield build
+    for envs in opened:
+        envs.close()
+
+
+def step(envs: brc.ParallelEnvs, actions=0):
+    envs.send(np.broadcast_to(actions, envs.size))
+    return envs.recv()
+
+
+# ------------------------------------------------------------------------------------------------------------- games
+
+
+def test_all_games_have_84_by_84_pixels_and_18_actions(environments):
+    envs = environments([f"atari/{game}" for game in GAMES], backend="envpool")
+    assert envs.action_dims == [18] * 46 and envs.action_dim == 18 and envs.size == 46
+    frames = [envs.reset(), step(envs)[0], step(envs, 17)[0]]
+    for frame in frames:
+        assert frame.shape == (46, 84, 84) and frame.dtype == np.uint8
+    assert (frames[-1].reshape(46, -1).std(-1) > 5).all(), "a blank screen"
+    assert len(np.unique(frames[-1].reshape(46, -1), axis=0)) == 46, "two names, one game"
+
+
+@pytest.mark.parametrize("game", ["pong", "qbert"])
+def test_reference_environment_has_the_same_spaces(game):
+    env = brc.make_env(f"atari/{game}")
+    assert env.observation_space == gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    assert env.action_space == gym.spaces.Discrete(18)
+
+
+def without_random_starts(game: str, monkeypatch) -> tuple[brc.EnvPoolTask, gym.Env]:
+    """Both backends with exactly one no-op at the start of a game, otherwise as the script makes them."""
+    import envpool
+
+    make, preprocess = envpool.make, gym.wrappers.AtariPreprocessing
+    monkeypatch.setattr(envpool, "make", lambda *args, **kwargs: make(*args, **kwargs | {"noop_max": 1}))
+    monkeypatch.setattr(gym.wrappers, "AtariPreprocessing", lambda env, **kw: preprocess(env, **kw | {"noop_max": 1}))
+    return brc.EnvPoolTask(f"atari/{game}", 1, 3), brc.make_env(f"atari/{game}")
+
+
+LONG_ENOUGH_TO_END = "breakout qbert roadrunner asterix mspacman".split()
+
+
+@pytest.mark.parametrize(
+    "game",
+    [pytest.param(game, marks=() if game in ("breakout", "qbert", "pong", "alien") else pytest.mark.slow)
+     for game in GAMES],
+)  # fmt: skip
+def test_envpool_and_ale_py_play_the_same_game(game, monkeypatch):
+    """Also: no sticky actions, which would make them differ, and neither clips rewards."""
+    pool, env = without_random_starts(game, monkeypatch)
+    rng, games, rewards = np.random.default_rng(0), 0, []
+    np.testing.assert_array_equal(pool.reset()[0], env.reset(seed=3)[0])
+    done = False
+    for t in range(400):
+        action = rng.integers(18)
+        pool.send(np.array([action]))
+        frame, reward, terminated, truncated, info = pool.recv()
+        if done:  # envpool's reset step
+            expected, lives, done, games = env.reset()[0], 0, False, games + 1
+            assert reward[0] == 0 and not terminated[0] and not truncated[0]
+        else:
+            expected, expected_reward, done, cut, own_info = env.step(action)
+            lives = own_info["lives"]
+            assert (reward[0], terminated[0], truncated[0], cut) == (expected_reward, done, False, False), f"step {t}"
+            assert info["lives"][0] == lives
+            rewards.append(expected_reward)
+        if not done:  # final frames differ, see above
+            np.testing.assert_array_equal(frame[0], expected, err_msg=f"step {t}")
+    assert games > 0 or game not in LONG_ENOUGH_TO_END
+    if game in ("qbert", "alien"):
+        assert max(rewards) > 1, "clipped"
+    pool.close()
+
+
+def test_both_backends_begin_with_1_to_30_no_ops():
+    """First frames of boxing, whose clock runs: each is that of some number of no-ops from 1 to 30."""
+    env = brc.make_env("atari/boxing")
+    preprocessing, first_frames = env.env, []
+    draws = preprocessing.unwrapped.np_random
+    for count in range(1, 32):
+        preprocessing.noop_max, preprocessing.unwrapped.np_random = 30, SimpleNamespace(
+            integers=lambda low, high, count=count: count)  # fmt: skip
+        first_frames.append(env.reset()[0].tobytes())
+    assert len(set(first_frames)) == 31
+    preprocessing.unwrapped.np_random = draws
+    pool = brc.EnvPoolTask("atari/boxing", 40, 5)
+    for found in (pool.reset(), [env.reset()[0] for _ in range(40)]):
+        counts = [1 + first_frames.index(frame.tobytes()) for frame in found]
+        assert max(counts) <= 30 and len(set(counts)) > 12
+    pool.close()
+
+
+def test_games_end_after_half_an_hour(monkeypatch):
+    """27,000 steps of four frames: as truncation, in both backends. Here after 40 steps, and again after 40 more."""
+    assert brc.MAX_GAME_STEPS == 27_000
+    monkeypatch.setattr(brc, "MAX_GAME_STEPS", 40)
+    envs = brc.ParallelEnvs(["atari/pong", "atari/breakout"], 2, 0, "envpool")
+    envs.reset()
+    ends = []
+    for t in range(90):
+        _, _, terminated, truncated, _ = step(envs)
+        assert not terminated.any()
+        ends += [t] if truncated.all() else []
+        assert truncated.all() or not truncated.any()
+    envs.close()
+    assert ends == [39, 40 + 40]
+    env = brc.make_env("atari/pong")
+    env.reset(seed=0)
+    results = [env.step(0)[2:4] for _ in range(40)]
+    assert results == [(False, False)] * 39 + [(False, True)]
+
+
+def test_the_emulators_own_limit_is_beyond_ours():
+    env = brc.make_env("atari/pong")
+    assert env.unwrapped.ale.getInt("max_num_frames_per_episode") >= 4 * 27_000 + 30
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_lost_lives_are_told_and_do_not_end_the_game(backend, environments):
+    """Breakout: five lives, a game ends with the last one only."""
+    envs = environments(["atari/breakout"], backend=backend)
+    envs.reset()
+    rng, lost, ends, done = np.random.default_rng(0), 0, [], False
+    for _ in range(700):
+        _, reward, terminated, truncated, life_lost = step(envs, rng.integers(18))
+        lost += bool(life_lost[0])
+        if done:
+            assert reward[0] == 0 and not terminated[0] and not life_lost[0], "a reset step"
+        done = bool(terminated[0])
+        if done:
+            ends, lost = [*ends, lost], 0
+    assert len(ends) >= 2 and set(ends) == {5}
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_seed_decides_the_game(backend, environments):
+    def play(seed: int) -> np.ndarray:
+        envs, rng = environments(["atari/boxing"], seed=seed, backend=backend), np.random.default_rng(1)
+        return np.concatenate([envs.reset(), envs.reset(), *(step(envs, rng.integers(18))[0] for _ in range(30))])
+
+    one, again, other = play(1), play(1), play(2)
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+def test_rows_belong_to_their_own_copy(environments):
+    """Each frame, row by row, is the one that the same game shows alone; between envpool's games is one that it does
+    not step, which has a single copy."""
+    tasks = ["atari/pong", f"{PIXELS}Terminates5-v0", "atari/boxing"]
+    envs = environments(tasks, num_envs=3, seed=4)
+    assert envs.task_ids.tolist() == [0, 0, 0, 1, 2, 2, 2] and envs.size == 7
+    assert envs.action_dims == [18, 3, 18] and envs.action_dim == 18
+    actions = np.array([2, 0, 5, 2, 0, 3, 4])
+    seeds = np.random.SeedSequence(4).generate_state(3) % 2**30
+    frames = [envs.reset(), *(step(envs, actions)[0] for _ in range(25))]
+    for rows, task, seed in ((slice(0, 3), tasks[0], seeds[0]), (slice(4, 7), tasks[2], seeds[2])):
+        pool = brc.EnvPoolTask(task, 3, int(seed))
+        np.testing.assert_array_equal(frames[0][rows], pool.reset())
+        for frame in frames[1:]:
+            pool.send(actions[rows])
+            np.testing.assert_array_equal(frame[rows], pool.recv()[0])
+        assert len(np.unique(frames[-1][rows].reshape(3, -1), axis=0)) == 3, "copies must not play alike"
+        pool.close()
+
+
+# ------------------------------------------------------------------------------------------------------- pixel tasks
+
+
+def told(frames: np.ndarray) -> list[tuple[int, int, int]]:
+    """Episode, step and action that the frames of counting tasks show."""
+    return [(int(e), int(t), int(a) - 1) for e, t, a in frames[:, 0, :3]]
+
+
+def test_step_after_done_shows_the_next_games_first_frame_and_ignores_the_action(environments):
+    """Both tasks in one run, with three and five actions."""
+    envs = environments([f"{PIXELS}Terminates5-v0", f"{PIXELS}Truncates3-v0"])
+    assert envs.action_dims == [3, 5] and envs.action_dim == 5
+    assert told(envs.reset()) == [(0, 0, -1)] * 2
+    seen = [[], []]
+    for _ in range(7):
+        frames, rewards, terminated, truncated, life_lost = step(envs, [2, 4])
+        assert not life_lost.any()
+        for task, frame in enumerate(told(frames)):
+            seen[task].append((*frame, rewards[task], "T" * int(terminated[task]) + "t" * int(truncated[task])))
+    assert seen[0] == [
+        (0, 1, 2, 1, ""), (0, 2, 2, 2, ""), (0, 3, 2, 3, ""), (0, 4, 2, 4, ""), (0, 5, 2, 5, "T"), (1, 0, -1, 0, ""),
+        (1, 1, 2, 11, ""),
+    ]  # fmt: skip
+    assert seen[1] == [
+        (0, 1, 4, 1, ""), (0, 2, 4, 2, ""), (0, 3, 4, 3, "t"), (1, 0, -1, 0, ""), (1, 1, 4, 11, ""), (1, 2, 4, 12, ""),
+        (1, 3, 4, 13, "t"),
+    ]  # fmt: skip
+
+
+def test_lives_of_a_pixel_task(environments):
+    """Lives are lost at steps 2, 5 and 7, the last of which ends the game; none is lost at the reset."""
+    envs = environments([f"{PIXELS}Lives7-v0"])
+    envs.reset()
+    flags = [(bool(terminated[0]), bool(life_lost[0])) for _, _, terminated, _, life_lost in
+             (step(envs) for _ in range(16))]  # fmt: skip
+    game = [(t == 7, t in (2, 5, 7)) for t in range(1, 8)]
+    assert flags == [*game, (False, False), *game, (False, False)]
+
+
+@pytest.mark.parametrize("name", ["OneChannel", "ChannelFirst"])
+def test_one_channel_may_have_its_own_axis(name):
+    env = brc.make_env(f"{PIXELS}{name}-v0")
+    assert env.observation_space.shape == (84, 84)
+    frame, _ = env.reset()
+    assert frame.shape == (84, 84) and told(frame[None]) == [(0, 0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Color", "84 x 84"), ("Small", "84 x 84"), ("Wide", "84 x 84"), ("Flat", "84 x 84"), ("Floats", "uint8"),
+     ("ContinuousAction", "discrete actions"), ("TwoActions", "discrete actions"), ("ActionsFromOne", "0 ... n - 1")],
+)  # fmt: skip
+def test_unsupported_spaces(name, message):
+    task = f"{PIXELS}{name}-v0"
+    with pytest.raises(brc.UserError, match=message) as error:
+        brc.ParallelEnvs([task], 1, 0, "auto")
+    assert task in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hundreds_of_actions_are_fine():
+    env = brc.make_env(f"{PIXELS}ManyActions-v0")
+    assert env.action_space.n == 300
+
+
+@pytest.mark.parametrize(
+    "task", ["gym/NoSuchTask-v0", f"{PIXELS}NoSuchTask-v0", "gym/no_such_module:Task-v0", "gym/one:two:Task-v0"]
+)
+def test_unknown_gymnasium_ids(task):
+    with pytest.raises(brc.UserError) as error:
+        brc.ParallelEnvs([task], 1, 0, "auto")
+    assert task.removeprefix("gym/").split("-")[0].split(":")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", ["ale_py", "cv2"])
+def test_missing_package_names_the_install_command(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(brc.UserError) as error:
+        brc.ParallelEnvs(["atari/pong"], 1, 0, "gymnasium")
+    assert brc.INSTALL["atari"] in str(error.value)
+
+
+def test_envpool_may_be_missing(environments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    with pytest.raises(brc.UserError, match="pip install envpool"):
+        brc.ParallelEnvs(["atari/pong"], 1, 0, "envpool")
+    (pool,) = environments(["atari/pong"]).pools
+    assert isinstance(pool, brc.GymnasiumTask)
+
+
+def test_envpool_backend_refuses_other_families():
+    with pytest.raises(brc.UserError, match="gym/pixel_tasks:PixelCatch-v0.*--env-backend"):
+        brc.ParallelEnvs([f"{PIXELS}Catch-v0"], 1, 0, "envpool")
+
+
+@pytest.mark.filterwarnings("ignore")  # Gymnasium's, with the worker's traceback
+@pytest.mark.parametrize(("name", "message"), [("Raises", "the joystick broke"), ("Killed", "died")])
+def test_a_worker_that_fails_is_reported_within_seconds(name, message):
+    """At its 21st step, four resets not counted."""
+    envs = brc.ParallelEnvs([f"{PIXELS}{name}-v0", f"{PIXELS}Terminates5-v0"], 1, 0, "auto")
+    envs.reset()
+    for _ in range(20 + 4):
+        step(envs)
+    started = time.monotonic()
+    with pytest.raises(brc.UserError, match=f"pixel_tasks:Pixel{name}-v0.*{message}"):
+        step(envs)
+    envs.close()
+    assert time.monotonic() - started < 20
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+TWO = [f"{PIXELS}Lives7-v0", f"{PIXELS}Truncates3-v0"]
+
+
+class Copies:
+    """Several copies of one task in this process, which reset on the step after done, as envpool has them."""
+
+    def __init__(self, task: str, num_envs: int):
+        self.envs, self.num_envs = [brc.make_env(task) for _ in range(num_envs)], num_envs
+        self.action_dim = int(self.envs[0].action_space.n)
+
+    def reset(self):
+        self.done = [False] * self.num_envs
+        return np.stack([env.reset()[0] for env in self.envs])
+
+    def send(self, actions):
+        self.actions = actions
+
+    def recv(self):
+        rows = [
+            (*env.reset()[:1], 0.0, False, False, {}) if done else env.step(action)
+            for env, done, action in zip(self.envs, self.done, self.actions, strict=True)
+        ]
+        frames, rewards, terminated, truncated, infos = zip(*rows, strict=True)
+        self.done = [a or b for a, b in zip(terminated, truncated, strict=True)]
+        lives = np.array([info.get("lives", 0) for info in infos])
+        return np.stack(frames), np.array(rewards), np.array(terminated), np.array(truncated), {"lives": lives}
+
+    def close(self):
+        pass
+
+
+class Local(brc.ParallelEnvs):
+    """copies: of every task."""
+
+    def __init__(self, tasks, copies):
+        self.copies = dict(zip(tasks, copies, strict=True))
+        super().__init__(tasks, 1, 0, "auto")
+
+    def make_pool(self, task, num_envs, seed, backend):
+        return Copies(task, self.copies[task])
+
+
+def evaluate(envs, episodes: int, stop=(), act=None):
+    """brc.evaluate with an agent that always takes action 1, or `act`."""
+    act = act or (lambda critic, key, step, frames, task_ids, epsilon: np.ones(len(task_ids), int))
+    agent = brc.Agent(*[None] * len(brc.Agent._fields))._replace(act=act)
+    return brc.evaluate(agent, SimpleNamespace(critic="critic"), envs, episodes, list(stop))
+
+
+@pytest.mark.parametrize(
+    ("copies", "returns"),
+    [  # game e of length n pays n (n + 1) / 2 + 10 e n, whatever lives are lost in it
+        ((1, 1), [[28, 98, 168], [6, 36, 66]]),
+        ((2, 2), [[28, 98, 28, 98], [6, 36, 6, 36]]),  # two games of each copy
+        ((3, 3), [[28, 28, 28], [6, 6, 6]]),
+        ((1, 3), [[28, 98, 168], [6, 6, 6]]),  # envpool steps the second task only
+    ],
+)
+def test_evaluate_counts_whole_games(copies, returns):
+    result, successes = evaluate(Local(TWO, copies), 3)
+    assert [games.tolist() for games in result] == returns
+    assert [len(row) for row in successes] == [len(row) for row in returns]
+    assert all(np.isnan(row).all() for row in successes), "games have no success"
+
+
+def test_evaluate_ignores_what_the_reset_step_pays():
+    class PayingResets(Local):
+        def recv(self):
+            frames, rewards, *rest = super().recv()
+            return frames, rewards + 1000 * (frames[:, 0, 1] == 0), *rest
+
+    returns, _ = evaluate(PayingResets(TWO, (1, 1)), 3)
+    assert [r.tolist() for r in returns] == [[28, 98, 168], [6, 36, 66]]
+
+
+def test_what_the_agent_sees_in_evaluation():
+    """Stacks begin blank with every game and every life, as in training; exploration is 0.001."""
+    seen, epsilons = [], set()
+
+    def act(critic, key, time_step, frames, task_ids, epsilon):
+        assert critic == "critic" and frames.shape == (2, 4, 84, 84) and task_ids.tolist() == [0, 1]
+        assert time_step == len(seen), "random actions must differ from step to step"
+        epsilons.add(epsilon)
+        # the step that every frame of the first task's stack shows, "-" for a blank one
+        seen.append("".join("-" if frame.max() == 0 else str(frame[0, 1]) for frame in frames[0]))
+        return np.zeros(2, int)
+
+    evaluate(Local(TWO, (1, 1)), 2, act=act)
+    game = "---0 --01 ---2 --23 -234 ---5 --56".split()  # lives are lost at steps 2, 5 and 7
+    assert seen == [*game, "---7", *game]
+    assert epsilons == {0.001}
+
+
+def test_evaluate_again_starts_new_games():
+    envs = Local(TWO, (1, 1))
+    evaluate(envs, 1)
+    returns, _ = evaluate(envs, 1)
+    assert returns[0].tolist() == [28 + 70]
+    assert (returns[1][0] - 6) % 30 == 0, "not the return of a whole game"
+
+
+def test_evaluate_stops_when_asked():
+    assert evaluate(Local(TWO, (1, 1)), 3, stop=[15]) is None
+
+
+def test_evaluation_of_a_real_game_counts_games_not_lives(environments):
+    """Breakout without launching the ball would last 27,000 steps; random actions end its five lives soon."""
+    rng, envs = np.random.default_rng(0), environments(["atari/breakout"], num_envs=2)
+    steps = []
+
+    def act(critic, key, time_step, frames, task_ids, epsilon):
+        steps.append(time_step)
+        return rng.integers(18, size=2)
+
+    (returns,), _ = evaluate(envs, 4, act=act)
+    assert len(returns) == 4 and (returns >= 0).all() and returns.max() < 20
+    assert len(steps) > 200, "four lives' worth of steps"
