@@ -1,0 +1,1553 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "orbax-checkpoint==0.12.8", "numpy==2.4.6", "scipy==1.17.1",
+#   "tyro==1.0.17", "gymnasium==1.4.0", "envpool==1.2.5", "mujoco==3.2.0", "dm_control==1.0.21.post1",
+#   "metaworld==3.0.0", "minari[hdf5]==0.5.4", "tensorboardX==2.6.5", "wandb==0.31.0", "tqdm==4.70.1",
+#   "imageio[ffmpeg]==2.38.1",
+# ]
+# ///
+"""Offline BRC+BC: one agent from a fixed data set of one or many tasks, in one file.
+
+"Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners"
+(Nauman et al., 2025, arXiv:2505.23150), Section 5 and Figure 12: the critic of SAC+BRC trained on data that others
+collected, with a behavioral-cloning term in the actor's loss. The appendix that details this term is missing; it is
+derived here from TD3+BC (Fujimoto and Gu, 2021), DDPG+BC (Park et al., 2024) and FQL (Park et al., 2025), which share
+two things: the value is divided by its mean magnitude, so that one coefficient fits all scales, and the actions of the
+data are cloned by likelihood or by squared error. In the notation of brc_sac_continuous.py, with data (s, a, r, s'):
+
+  actor loss       mean[alpha log pi(a~|s) - Q(s, a~)] / sg(mean |Q(s, a~)|) + c BC,   a~ ~ pi(s)
+  BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC, c = --bc-coef
+  BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           as in TD3+BC and FQL
+  critic loss, temperature, task embeddings, target critic                  as in SAC+BRC (Section 3, B, C.1-C.4)
+  normalization    r <- r V_max / (G_i + lambda_i), G_i the largest return in the data of task i      (Eq. 2-4)
+
+sg: no gradient. |A|: the task's own number of action dimensions, so that c means the same for every body. --bc-only
+leaves the first term out (behavioral cloning); --bc-coef 0 leaves the second out (offline SAC+BRC). Data may be larger
+than memory: files are memory-mapped, nothing in them is executed.
+
+  python brc_sac_continuous.py --env-ids dmc/walker-walk --save-replay --run-name walker     # collect data
+  python brc_offline_bc.py --dataset runs/walker/replay --total-updates 100000               # learn from it alone
+  python brc_offline_bc.py --dataset D4RL/pen/human-v2 --env-ids gym/AdroitHandPen-v1        # a Minari data set
+  python brc_offline_bc.py --resume runs/RUN                                                 # continue a stopped run
+"""
+
+import atexit
+import csv
+import errno
+import importlib.util
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from scipy.signal import lfilter
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+# Copied from brc_sac_continuous.py
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    """Offline BRC+BC (Nauman et al., 2025, Section 5). Defaults are Table 3's where it has one."""
+
+    dataset: tuple[str, ...] = ()
+    """replay/ folder of a run made with --save-replay, a folder made by benchmark/convert_tdmpc2.py, or Minari data set
+    ids or local paths, one per task"""
+    env_ids: tuple[str, ...] = ()
+    """tasks to learn, as family/task (default: all of the folder); with Minari, the tasks of its data sets, in order"""
+    seed: int = 1
+    """seed of networks, batches and evaluation"""
+    exp_name: str = "brc_offline_bc"
+    """name of the experiment, part of the run's name"""
+    run_name: str | None = None
+    """name of the run directory (default: {first task}__{exp_name}__{seed}__{unix time})"""
+    run_root: str = "runs"
+    """directory that holds the run directories"""
+    resume: str | None = None
+    """run directory to continue from its newest good checkpoint; other flags override the saved ones"""
+    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
+    """what evaluation steps: envpool is fastest; gymnasium is the reference and runs every family"""
+    total_updates: int = 1_000_000
+    """length of the training; 0 builds everything and exits"""
+    last_transitions: int | None = None
+    """learn from this many newest transitions of each task only: of a run that learned, the expert's part"""
+    eval_every: int = 25_000
+    """updates between evaluations"""
+    eval_episodes: int = 10
+    """evaluation episodes per task, actions at the policy's mean"""
+    checkpoint_every: int = 100_000
+    """updates between checkpoints; one more is written at the end and when stopped"""
+    keep_checkpoints: int = 2
+    """newest checkpoints to keep"""
+    capture_video: bool = False
+    """write an mp4 of one evaluation episode per task to RUN_DIR/videos/ (headless: MUJOCO_GL=egl)"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline is respected)"""
+    wandb_project: str = "brc"
+    """Weights & Biases project"""
+
+    bc_coef: float = 0.3
+    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: measured, see README)"""
+    bc_loss: Literal["nll", "mse"] = "mse"
+    """clone by the data action's negative log-likelihood, or by the mean action's squared error"""
+    bc_only: bool = False
+    """behavioral cloning alone: the actor ignores the critic"""
+
+    discount: float = 0.99
+    """gamma (Table 3)"""
+    batch_size: int = 1024
+    """transitions per update, over all tasks, each task equally likely (Table 3)"""
+    polyak_tau: float = 5e-3
+    """rate of the target critic's moving average, after every update (Table 3)"""
+    actor_lr: float = 3e-4
+    """AdamW learning rate of the actor (Table 3)"""
+    critic_lr: float = 3e-4
+    """AdamW learning rate of the critic and the task embeddings (Table 3)"""
+    temperature_lr: float = 3e-4
+    """Adam (b1 = 0.5) learning rate of the temperature (Table 3)"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay (Table 3)"""
+    initial_temperature: float = 0.1
+    """alpha at the start (Table 3)"""
+    target_entropy: float | None = None
+    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, Table 3)"""
+    num_atoms: int = 101
+    """atoms of the categorical critic (Table 3)"""
+    v_min: float = -10.0
+    """lowest atom (Table 3)"""
+    v_max: float = 10.0
+    """highest atom (Table 3), and the bound of normalized returns (Eq. 3)"""
+    critic_width: int = 4096
+    """hidden units of the BroNet critic (Table 3; the sizes of Table 1 are 256 ... 8192)"""
+    critic_depth: int = 2
+    """residual blocks of the BroNet critic (Table 3)"""
+    num_critics: int = 2
+    """critics in the ensemble; targets average them, no clipped double Q (C.1)"""
+    actor_width: int = 256
+    """hidden units of the BroNet actor (Table 3)"""
+    actor_depth: int = 1
+    """residual blocks of the BroNet actor (Table 3)"""
+    embedding_size: int = 32
+    """task embedding size (Table 3)"""
+    embedding_norm: Literal["l1", "l2"] = "l1"
+    """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released code"""
+
+
+POSITIVE = {  # smallest allowed value of every number, checked before anything is built
+    "total_updates": 0, "last_transitions": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
+    "keep_checkpoints": 1, "batch_size": 1, "num_atoms": 2, "critic_width": 1, "critic_depth": 0, "num_critics": 1,
+    "actor_width": 1, "actor_depth": 0, "embedding_size": 1, "seed": 0, "actor_lr": 0.0, "critic_lr": 0.0,
+    "temperature_lr": 0.0, "weight_decay": 0.0, "polyak_tau": 0.0, "initial_temperature": 1e-12, "bc_coef": 0.0,
+}  # fmt: skip
+
+
+# Copied from brc_sac_continuous.py
+def check_args(args: Args) -> None:
+    """Raises UserError for a number outside its range."""
+    for name, smallest in POSITIVE.items():
+        value = getattr(args, name)
+        if value is not None and not (smallest <= value < math.inf):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {smallest}")
+    if not 0 <= args.discount < 1:
+        raise UserError(f"--discount {args.discount}: must be in [0, 1)")
+    if args.polyak_tau > 1:
+        raise UserError(f"--polyak-tau {args.polyak_tau}: must be in [0, 1]")
+    if not -math.inf < args.v_min < args.v_max < math.inf or args.v_max <= 0:
+        raise UserError(f"--v-min {args.v_min} --v-max {args.v_max}: need v_min < v_max and v_max > 0")
+    if args.target_entropy is not None and not math.isfinite(args.target_entropy):
+        raise UserError(f"--target-entropy {args.target_entropy}: must be a finite number")
+    if args.seed >= 2**31:
+        raise UserError(f"--seed {args.seed}: must be below 2^31")
+
+
+# ------------------------------------------------------------------------------------------------------- tasks
+
+DMC = """acrobot-swingup acrobot-swingup-sparse ball-in-cup-catch cartpole-balance cartpole-balance-sparse
+cartpole-swingup cartpole-swingup-sparse cheetah-run dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy
+finger-turn-hard fish-swim fish-upright hopper-hop hopper-stand humanoid-run humanoid-stand humanoid-walk
+manipulator-bring-ball pendulum-swingup point-mass-easy quadruped-run quadruped-walk reacher-easy reacher-hard
+swimmer-swimmer6 swimmer-swimmer15 walker-run walker-stand walker-walk""".split()
+DMC_EXTRA = """cheetah-run-backwards cheetah-run-front cheetah-run-back cheetah-jump walker-walk-backwards
+walker-run-backwards hopper-hop-backwards reacher-three-easy reacher-three-hard ball-in-cup-spin
+pendulum-spin""".split()  # TD-MPC2's, in benchmark/dmc_extra_tasks.py
+METAWORLD = """assembly basketball bin-picking box-close button-press-topdown button-press-topdown-wall button-press
+button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-lock door-open
+door-unlock hand-insert drawer-close drawer-open faucet-open faucet-close hammer handle-press-side handle-press
+handle-pull-side handle-pull lever-pull pick-place-wall pick-out-of-hole pick-place plate-slide plate-slide-side
+plate-slide-back plate-slide-back-side peg-insert-side peg-unplug-side soccer stick-push stick-pull push push-wall
+push-back reach reach-wall shelf-place sweep-into sweep window-open window-close""".split()
+HUMANOIDBENCH = {  # task: (random score, success score), Table 2; cabinet is missing there: the released code's
+    "h1-crawl": (272.658, 700), "h1-hurdle": (2.214, 700), "h1-maze": (106.441, 1200), "h1-pole": (20.090, 700),
+    "h1-run": (2.020, 700), "h1-slide": (3.191, 700), "h1-stair": (3.112, 700), "h1-stand": (10.545, 800),
+    "h1-walk": (2.377, 700), "h1hand-balance-hard": (10.032, 800), "h1hand-balance-simple": (10.170, 800),
+    "h1hand-basketball": (8.979, 1200), "h1hand-cabinet": (37.733, 2500), "h1hand-bookshelf-hard": (14.848, 2000),
+    "h1hand-bookshelf-simple": (16.777, 2000), "h1hand-crawl": (278.868, 800), "h1hand-door": (2.771, 600),
+    "h1hand-hurdle": (2.371, 700), "h1hand-insert-normal": (1.673, 350), "h1hand-insert-small": (1.653, 350),
+    "h1hand-maze": (106.233, 1200), "h1hand-package": (-10040.932, 1500), "h1hand-pole": (19.721, 700),
+    "h1hand-powerlift": (17.638, 800), "h1hand-push": (-526.800, 700), "h1hand-reach": (-50.024, 12000),
+    "h1hand-room": (3.018, 400), "h1hand-run": (1.927, 700), "h1hand-sit-hard": (2.477, 750),
+    "h1hand-sit-simple": (10.768, 750), "h1hand-slide": (3.142, 700), "h1hand-spoon": (4.661, 650),
+    "h1hand-stair": (3.161, 700), "h1hand-stand": (11.973, 800), "h1hand-truck": (562.419, 3000),
+    "h1hand-walk": (2.505, 700), "h1hand-window": (2.713, 650),
+}  # fmt: skip
+SHADOWHAND = """e-toy-airplane knife flat-screwdriver elephant apple scissors i-cups cup foam-brick pudding-box
+wristwatch padlock power-drill binoculars b-lego-duplo ps-controller mouse hammer f-lego-duplo piggy-bank can
+extra-large-clamp peach a-lego-duplo racquetball tuna-fish-can a-cups pan strawberry d-toy-airplane wood-block
+small-marker sugar-box ball torus i-toy-airplane chain j-cups c-toy-airplane airplane nine-hole-peg-test water-bottle
+c-cups medium-clamp large-marker h-cups b-colored-wood-blocks j-lego-duplo f-toy-airplane toothbrush tennis-ball mug
+sponge k-lego-duplo phillips-screwdriver f-cups c-lego-duplo d-marbles d-cups camera d-lego-duplo golf-ball
+k-toy-airplane b-cups softball wine-glass chips-can cube master-chef-can alarm-clock gelatin-box h-lego-duplo baseball
+light-bulb banana rubber-duck headphones i-lego-duplo b-toy-airplane pitcher-base j-toy-airplane g-lego-duplo
+cracker-box orange e-cups""".split()
+SHADOWHAND_TRANSFER = """rubiks-cube dice bleach-cleanser pear e-lego-duplo pyramid stapler flashlight large-clamp
+a-toy-airplane tomato-soup-can fork cell-phone m-lego-duplo toothpaste flute stanford-bunny a-marbles potted-meat-can
+timer lemon utah-teapot train g-cups l-lego-duplo bowl door-knob mustard-bottle plum""".split()
+SHADOWHAND_ENVPOOL = {  # Gymnasium-Robotics' own objects need no extra package; task: the id there and in envpool
+    "block": "HandManipulateBlockRotateZ-v1", "egg": "HandManipulateEggRotate-v1", "pen": "HandManipulatePenRotate-v1",
+}  # fmt: skip
+FAMILIES = {
+    "dmc": DMC + DMC_EXTRA, "metaworld": METAWORLD, "humanoidbench": list(HUMANOIDBENCH),
+    "shadowhand": SHADOWHAND + SHADOWHAND_TRANSFER + list(SHADOWHAND_ENVPOOL),
+}  # fmt: skip
+INSTALL = {  # what a family needs besides requirements.txt, or without it
+    "dmc": "pip install dm_control==1.0.21.post1 mujoco==3.2.0",
+    "metaworld": "pip install metaworld==3.0.0 mujoco==3.2.0",
+    "humanoidbench": "pip install torch && pip install --no-deps -e "
+    "git+https://github.com/carlosferrazza/humanoid-bench#egg=humanoid_bench",
+    "shadowhand": "pip install gymnasium-robotics && git clone "
+    "https://github.com/naumix/BiggerRegularizedCategorical && export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
+}
+
+
+# Copied from brc_sac_continuous.py
+def check_tasks(tasks: list[str]) -> None:
+    """Raises UserError for an unknown family or task, naming the valid ones, and for a task named twice."""
+    for task in tasks:
+        family, _, name = task.partition("/")
+        if family == "gym" and name:
+            continue
+        if family not in FAMILIES:
+            raise UserError(f"unknown task '{task}'; tasks are family/task with a family of {', '.join(FAMILIES)}, gym")
+        if name not in FAMILIES[family]:
+            raise UserError(f"unknown task '{task}'; {family}/ has: {', '.join(FAMILIES[family])}")
+    if len(set(tasks)) < len(tasks):
+        raise UserError("a task is named twice in --env-ids")
+
+
+# Copied from brc_sac_continuous.py
+def normalized_score(task: str, episode_return: float, success: float) -> float:
+    """Score of an episode (E.3): success for metaworld and shadowhand, return / 1000 for dmc, Eq. 5 with Table 2 for
+    humanoidbench, NaN where the paper defines none (gym)."""
+    family, _, name = task.partition("/")
+    if family == "dmc":
+        return episode_return / 1000
+    if family == "humanoidbench":
+        random_return, success_return = HUMANOIDBENCH[name]
+        return (episode_return - random_return) / (success_return - random_return)
+    return success if family in ("metaworld", "shadowhand") else math.nan
+
+
+# -------------------------------------------------------------------------------------------------- environments
+
+ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order; and the
+    # hand's, whose achieved goal is part of the observation
+    "dmc/dog-": "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors "
+    "foot_forces touch_sensors actuator_state",
+    "dmc/humanoid-": "joint_angles head_height extremities torso_vertical com_velocity velocity",
+    "dmc/quadruped-": "egocentric_state torso_velocity torso_upright imu force_torque",
+    "dmc/finger-spin": "position velocity touch",
+    "dmc/fish-swim": "joint_angles upright target velocity",
+    "dmc/fish-upright": "joint_angles upright velocity",
+    "shadowhand/": "observation desired_goal",
+}
+ROTATE_Z = {  # what dex_envs asks of its objects, for all three hand tasks
+    "target_rotation": "z", "ignore_z_target_rotation": False, "randomize_initial_rotation": True,
+}  # fmt: skip
+ENVPOOL_BROKEN = {  # in envpool 1.2.5 these are other tasks than dm_control's and Meta-World's, which step them instead
+    "metaworld/hammer", "metaworld/shelf-place",  # the goal moves on at every reset, out of reach
+    "metaworld/dial-turn",  # its MuJoCo is 3.6, with which not even Meta-World's expert turns the dial
+    "dmc/ball-in-cup-catch",  # the ball counts as caught too early
+}  # fmt: skip
+
+
+# Copied from brc_sac_continuous.py
+class DMControlEnv(gym.Env):
+    """A dm_control task as a Gymnasium environment: flat float32 observation, actions rescaled by dm_control's own
+    wrapper to [-1, 1], truncation at dm_control's time limit (1,000 steps).
+
+    load: makes the dm_control environment from a seed or None.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, load: Callable[[int | None], Any], render_mode: str | None = None):
+        from dm_control.suite.wrappers import action_scale
+
+        self.load = lambda seed: action_scale.Wrapper(load(seed), minimum=-1, maximum=1)
+        self.env, self.render_mode = self.load(None), render_mode
+        size = sum(int(np.prod(spec.shape)) for spec in self.env.observation_spec().values())
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, self.env.action_spec().shape, np.float32)
+
+    def flatten(self, observation: dict) -> np.ndarray:
+        return np.concatenate([np.ravel(value) for value in observation.values()]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env = self.load(seed)
+        return self.flatten(self.env.reset().observation), {}
+
+    def step(self, action: np.ndarray):
+        step = self.env.step(action.astype(np.float64))
+        terminated = step.last() and step.discount == 0
+        return self.flatten(step.observation), step.reward, terminated, step.last() and not terminated, {}
+
+    def render(self) -> np.ndarray:
+        return self.env.physics.render(height=240, width=320, camera_id=0)
+
+
+# Copied from brc_sac_continuous.py
+def extra_task_id(name: str) -> str:
+    """Gymnasium's id of a task in DMC_EXTRA, after importing the file that registers them: the one thing that a script
+    takes from benchmark/, found beside the script whatever the current directory is."""
+    gym_id, path = f"brc/{name}-v0", Path(__file__).resolve().parent / "benchmark" / "dmc_extra_tasks.py"
+    if gym_id not in gym.registry:
+        if not path.exists():
+            source = f"benchmark/{path.name} of the repository that {Path(__file__).name} comes from"
+            raise UserError(f"dmc/{name} is not in dm_control but in {source}: copy it to {path}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return gym_id
+
+
+# Copied from brc_sac_continuous.py
+def make_env(task: str, render_mode: str | None = None, seed: int | None = None) -> gym.Env:
+    """One Gymnasium environment with a flat Box observation, actions in [-1, 1] and the paper's episode length (E.1).
+
+    Raises UserError when a package is missing or the spaces do not fit.
+    """
+    if seed is not None:
+        np.random.seed(seed)  # noqa: NPY002 (several HumanoidBench tasks draw from NumPy's global generator)
+    family, _, name = task.partition("/")
+    try:
+        if family == "dmc" and name in DMC_EXTRA:
+            env = gym.make(extra_task_id(name), render_mode=render_mode)
+        elif family == "dmc":
+            from dm_control import suite
+
+            vars(np).setdefault("in1d", np.isin)  # dm_control's quadruped calls it; NumPy 2.4 dropped it
+            domain, task_name = next((d, t) for d, t in suite.ALL_TASKS if f"{d}-{t}".replace("_", "-") == name)
+            env = DMControlEnv(lambda seed: suite.load(domain, task_name, {"random": seed}), render_mode)
+        elif family == "metaworld":
+            import metaworld
+
+            env = metaworld.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{name}-v3-goal-observable"](render_mode=render_mode)
+            env._freeze_rand_vec = False  # a new goal at every reset, as in envpool
+            env = gym.wrappers.TimeLimit(env, 200)
+        elif family == "humanoidbench":
+            import humanoid_bench  # noqa: F401 (registers the tasks)
+
+            robot, _, task_name = name.partition("-")
+            env = gym.make(f"{robot}-{task_name.replace('-', '_')}-v0", render_mode=None)  # drawn by frame_renderer
+        elif family == "shadowhand" and name in SHADOWHAND_ENVPOOL:
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+            env = gym.make(SHADOWHAND_ENVPOOL[name], render_mode=render_mode)
+            for name_, value in ROTATE_Z.items():  # the constructors do not take them all
+                setattr(env.unwrapped, name_, value)
+        elif family == "shadowhand":
+            import dex_envs  # noqa: F401 (registers the tasks)
+
+            env = gym.make(f"{name.replace('-', '_')}-rotate-v1", reward_type="sparse", render_mode=render_mode)
+        else:
+            env = gym.make(name, **({"render_mode": render_mode} if render_mode else {}))
+    except ImportError as error:
+        hint = INSTALL.get(family, f"pip install the package that registers {name}")
+        raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
+    except (gym.error.Error, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"cannot make {task}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        spaces = env.observation_space.spaces
+        goal_keys = ["observation", "desired_goal"]  # the achieved goal is part of the observation
+        keys = goal_keys if set(goal_keys) <= set(spaces) else list(spaces)
+        flat = gym.spaces.Box(-np.inf, np.inf, (sum(math.prod(spaces[key].shape) for key in keys),), np.float32)
+        env = gym.wrappers.TransformObservation(env, lambda o: np.concatenate([np.ravel(o[k]) for k in keys]), flat)
+    for space, what in ((env.observation_space, "observation"), (env.action_space, "action")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise UserError(f"{task}: this script needs a flat continuous (1-D Box) {what} space, not {space}")
+    if not np.all(np.isfinite(env.action_space.low) & np.isfinite(env.action_space.high)):
+        raise UserError(f"{task}: the action space needs finite bounds, not {env.action_space}")
+    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+# Copied from brc_sac_continuous.py
+def make_worker_env(task: str, seed: int) -> gym.Env:
+    """make_env for a worker process, which leaves it to the main process to handle Ctrl-C and SIGTERM."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return make_env(task, seed=seed)
+
+
+# Copied from brc_sac_continuous.py
+def envpool_id(task: str) -> str | None:
+    """envpool's name of a dmc/, metaworld/ or shadowhand/ task, or None if it has none that works."""
+    import envpool
+
+    family, _, name = task.partition("/")
+    camel = "".join(part.capitalize() for part in name.split("-"))
+    hand = SHADOWHAND_ENVPOOL.get(name)
+    found = {"dmc": f"{camel}-v1", "metaworld": f"MetaWorld/{camel}-v3", "shadowhand": hand}.get(family)
+    return found if found in envpool.list_all_envs() and task not in ENVPOOL_BROKEN else None
+
+
+# Copied from brc_sac_continuous.py
+class EnvPoolTask:
+    """num_envs copies of one task in one envpool pool; send and recv overlap with other work."""
+
+    def __init__(self, task: str, num_envs: int, seed: int):
+        import envpool
+
+        kwargs = {
+            "metaworld": {"max_episode_steps": 200, "partially_observable": False},
+            "shadowhand": ROTATE_Z,
+        }.get(task.partition("/")[0], {})
+        self.pool = envpool.make(envpool_id(task), env_type="gymnasium", num_envs=num_envs, seed=seed, **kwargs)
+        space = self.pool.observation_space
+        self.keys = list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
+        for prefix, keys in ENVPOOL_KEYS.items():
+            if task.startswith(prefix):
+                self.keys = keys.split()
+        self.action_dim, self.num_envs, self.env_ids = self.pool.action_space.shape[0], num_envs, np.arange(num_envs)
+        self.low, self.high = np.float64(self.pool.action_space.low), np.float64(self.pool.action_space.high)
+        self.observation_dim = self.reset().shape[1]
+
+    def flatten(self, observation) -> np.ndarray:
+        if self.keys is None:
+            return observation
+        return np.concatenate([observation[key].reshape(self.num_envs, -1) for key in self.keys], axis=1)
+
+    def reset(self) -> np.ndarray:
+        return self.flatten(self.pool.reset()[0])
+
+    def send(self, actions: np.ndarray) -> None:
+        actions = self.low + (np.float64(actions) + 1) / 2 * (self.high - self.low)  # quadruped's are not [-1, 1]
+        self.pool.send(actions.astype(self.pool.action_space.dtype), self.env_ids)
+
+    def recv(self):
+        observation, reward, terminated, truncated, info = self.pool.recv()
+        return self.flatten(observation), reward, terminated, truncated, info
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+# Copied from brc_sac_continuous.py
+class GymnasiumTask:
+    """One task in a worker process, a Gymnasium AsyncVectorEnv of one environment.
+
+    The worker comes from a fork server that imported the heavy modules once: never a fork of this process, whose JAX
+    threads would not survive it. Like envpool, it resets on the step after done, ignoring that step's action.
+    """
+
+    num_envs = 1
+
+    def __init__(self, task: str, seed: int):
+        heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
+        self.task, self.seed = task, seed
+        self.envs = gym.vector.AsyncVectorEnv([partial(make_worker_env, task, seed)], context="forkserver")
+        self.observation_dim = self.envs.single_observation_space.shape[0]
+        self.action_dim = gym.spaces.flatdim(self.envs.single_action_space)
+        atexit.register(self.close)
+
+    def call(self, function, *args, **kwargs):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Gymnasium shows the worker's traceback as a warning
+                return function(*args, **kwargs)
+        except (EOFError, OSError) as error:
+            self.close()
+            raise UserError(f"the worker process of {self.task} died, perhaps for lack of memory") from error
+        except Exception as error:  # whatever the environment itself raised in its process
+            self.close()
+            raise UserError(f"{self.task} failed in its worker process: {type(error).__name__}: {error}") from error
+
+    def reset(self) -> np.ndarray:
+        seed, self.seed = self.seed, None  # later resets continue the environments' own random streams
+        return self.call(self.envs.reset, seed=seed)[0]
+
+    def send(self, actions: np.ndarray) -> None:
+        self.call(self.envs.step_async, actions.astype(self.envs.single_action_space.dtype))
+
+    def recv(self):
+        return self.call(self.envs.step_wait)
+
+    def close(self) -> None:
+        for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
+            process.kill()  # without asking is_alive(): it says no once a signal has ended the fork server
+        self.envs.closed = True
+        atexit.unregister(self.close)
+
+
+# Copied from brc_sac_continuous.py
+class ParallelEnvs:
+    """num_envs copies of every task that envpool steps, and one of every other, stepped all at once.
+
+    Row r is a copy of task task_ids[r]. Observations are zero-padded to the widest task, actions cut to the task's own
+    size (E.1's mixes). After terminated or truncated, the next step resets that row: it returns the first observation
+    and ignores the action.
+    """
+
+    def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
+        seeds = np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
+        self.pools = [self.make_pool(t, num_envs, int(s), backend) for t, s in zip(tasks, seeds, strict=True)]
+        self.task_ids = np.repeat(np.arange(len(tasks)), [pool.num_envs for pool in self.pools])
+        starts = np.cumsum([0] + [pool.num_envs for pool in self.pools])
+        self.rows = [(slice(*ends), pool) for ends, pool in zip(itertools.pairwise(starts), self.pools, strict=True)]
+        self.size = len(self.task_ids)
+        self.observation_dims = [pool.observation_dim for pool in self.pools]
+        self.action_dims = [pool.action_dim for pool in self.pools]
+        self.observation_dim, self.action_dim = max(self.observation_dims), max(self.action_dims)
+        self.action_mask = np.arange(self.action_dim) < np.array(self.action_dims)[:, None]
+
+    def make_pool(self, task: str, num_envs: int, seed: int, backend: str):
+        if backend != "gymnasium" and task.startswith(("dmc/", "metaworld/", "shadowhand/")):
+            try:
+                if envpool_id(task):
+                    return EnvPoolTask(task, num_envs, seed)
+                problem = f"envpool has no {task} that works"
+            except ImportError:
+                problem = "envpool is missing: pip install envpool==1.2.5"
+            if backend == "envpool":
+                raise UserError(f"{problem}; or take --env-backend auto")
+        elif backend == "envpool":
+            raise UserError(f"envpool has no {task}; take --env-backend auto")
+        return GymnasiumTask(task, seed)
+
+    def reset(self) -> np.ndarray:
+        observations = np.zeros((self.size, self.observation_dim), np.float32)
+        for rows, pool in self.rows:
+            observations[rows, : pool.observation_dim] = pool.reset()
+        return observations
+
+    def send(self, actions: np.ndarray, resting: np.ndarray | None = None) -> None:
+        """actions: [size, action_dim] in [-1, 1]. Tasks whose rows of `resting` [size] are all True are not stepped."""
+        self.stepping = [(rows, pool) for rows, pool in self.rows if resting is None or not resting[rows].all()]
+        for rows, pool in self.stepping:
+            pool.send(actions[rows, : pool.action_dim])
+
+    def recv(self):
+        """Returns observations [size, observation_dim] and rewards, terminated, truncated, success, each [size].
+
+        success is NaN where the environment reports none; all is zero where a task was not stepped.
+        """
+        observations = np.zeros((self.size, self.observation_dim), np.float32)
+        rewards, success = np.zeros(self.size, np.float32), np.full(self.size, np.nan, np.float32)
+        terminated, truncated = np.zeros(self.size, bool), np.zeros(self.size, bool)
+        for rows, pool in self.stepping:
+            observation, rewards[rows], terminated[rows], truncated[rows], info = pool.recv()
+            observations[rows, : pool.observation_dim] = observation
+            success[rows] = info.get("success", info.get("is_success", np.nan))
+        return observations, rewards, terminated, truncated & ~terminated, success
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+# Copied from brc_sac_continuous.py
+class Batch(NamedTuple):
+    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+
+    observations: np.ndarray  # [..., |S|]
+    actions: np.ndarray  # [..., |A|]
+    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
+    terminated: np.ndarray  # [...], 1.0 if the episode terminated here; truncation does not cut the bootstrap
+    next_observations: np.ndarray  # [..., |S|]
+    task_ids: np.ndarray  # [...]
+
+
+def record_type(observation_dim: int, action_dim: int) -> np.dtype:
+    """What a file holds of every step, see Dataset."""
+    return np.dtype([
+        ("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
+        ("terminated", "?"), ("valid", "?"),
+    ])  # fmt: skip
+
+
+def dataset_tasks(args: Args) -> list[str]:
+    """Names of the tasks to learn. Raises UserError if the data set does not say, or has others."""
+    if not args.dataset:
+        raise UserError("no data: give --dataset, such as --dataset runs/RUN/replay of a run made with --save-replay")
+    if not is_folder(args.dataset):
+        if len(args.env_ids) != len(args.dataset):
+            raise UserError(f"{len(args.dataset)} Minari data sets need as many --env-ids, in the same order")
+        check_tasks(list(args.env_ids))
+        return list(args.env_ids)
+    folder, found = Path(args.dataset[0]), None
+    for path in (folder / "dataset.json", folder.parent / "args.json"):  # a converter's, or the run's that made it
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())["env_info"]["task_names"]
+                break
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} does not name the tasks of the data set ({error}); give --env-ids") from error
+    tasks = list(args.env_ids) or found
+    if not tasks:
+        raise UserError(f"{folder} does not say which tasks it holds (no args.json beside it); give --env-ids")
+    check_tasks(tasks)
+    for task in tasks:
+        if not (folder / f"{file_name(task)}.npy").exists():
+            have = ", ".join(sorted(path.stem for path in folder.glob("*.npy")))
+            raise UserError(f"{folder} has no data of {task}; it has: {have}")
+    return tasks
+
+
+def is_folder(dataset: tuple[str, ...]) -> bool:
+    """Whether --dataset is a folder of .npy files; else its entries are Minari's."""
+    return len(dataset) == 1 and Path(dataset[0]).is_dir() and any(Path(dataset[0]).glob("*.npy"))
+
+
+def convert_minari(name: str, path: Path) -> None:
+    """Writes a Minari data set as one file of records, episode by episode; actions become those of [-1, 1].
+
+    name: a data set's id, downloaded when it is not there, or the path of one. Raises UserError if it cannot be read.
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise UserError(f"{name} needs Minari ({error}); install: pip install 'minari[hdf5]==0.5.4'") from error
+    try:
+        if Path(name).is_dir():
+            folder = Path(name)
+            data = minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
+        else:
+            data = minari.load_dataset(name, download=True)
+        space, low, high = data.observation_space, data.action_space.low, data.action_space.high
+        keys = goal_keys(space)
+
+        def flatten(observations):
+            return np.concatenate([np.reshape(observations[k], (len(observations[k]), -1)) for k in keys], axis=1)
+
+        partial_path, records, first = path.with_name(f".partial-{path.name}"), None, 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for episode in data.iterate_episodes():
+            observations = flatten(episode.observations) if keys else episode.observations
+            if records is None:
+                dtype = record_type(observations.shape[1], len(low))
+                length = int(data.total_steps) + int(data.total_episodes)
+                records = np.lib.format.open_memmap(partial_path, mode="w+", dtype=dtype, shape=(length,))
+            last = first + len(episode.actions)  # the final observation's record, which is not a transition
+            rows = records[first : last + 1]
+            rows["observation"] = observations
+            rows["action"][:-1] = 2 * (np.asarray(episode.actions, np.float64) - low) / (high - low) - 1
+            rows["reward"][:-1], rows["terminated"][:-1] = episode.rewards, episode.terminations
+            rows["valid"] = np.arange(len(rows)) < len(rows) - 1
+            first = last + 1
+        if records is None:
+            raise ValueError("it has no episodes")
+        records.flush()
+        partial_path.replace(path)
+    except Exception as error:  # Minari's, HDF5's and the network's own, of many kinds
+        raise UserError(f"cannot read Minari data set {name}: {' '.join(str(error).split())}") from error
+
+
+def goal_keys(space: gym.Space) -> list[str] | None:
+    """Keys that make the flat observation of a Dict space, as in make_env; None for a flat space."""
+    if not isinstance(space, gym.spaces.Dict):
+        return None
+    wanted = ["observation", "desired_goal"]
+    return wanted if set(wanted) <= set(space.spaces) else list(space.spaces)
+
+
+class Dataset:
+    """Transitions of several tasks, memory-mapped: one .npy per task, an array of records (see record_type).
+
+    Record t holds an observation and what was done there; its next observation is record t + 1's. The record of an
+    episode's final observation is not valid: it is no transition.
+    """
+
+    def __init__(self, tasks: list[str], paths: list[Path], envs: ParallelEnvs, last: int | None, discount: float):
+        self.observation_dim, self.action_dim = envs.observation_dim, envs.action_dim
+        self.records, self.starts, self.max_return, self.mean_return = [], [], [], []
+        for task, path, *sizes in zip(tasks, paths, envs.observation_dims, envs.action_dims, strict=True):
+            records = self.open(task, path, record_type(*sizes))
+            self.records.append(records)
+            starts = np.flatnonzero(records["valid"][:-1])[-(last or 0) :]
+            self.starts.append(starts)
+            if not len(starts):
+                raise UserError(f"{path}: no transition of {task} in it")
+            self.check_content(path, records[starts[0] :])
+            max_return, mean_return = returns_of(records[starts[0] :], discount)
+            self.max_return.append(max_return)
+            self.mean_return.append(mean_return)
+        self.max_return = np.array(self.max_return, np.float32)
+
+    def open(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
+        """Maps a file. Raises UserError if it is damaged or not what the task's sizes ask for."""
+        try:
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged or not a NumPy file: {error}") from error
+        if records.ndim != 1 or records.dtype.names != dtype.names:
+            raise UserError(f"{path} is not a data set of this project: it holds {records.dtype} {records.shape}")
+        if records.dtype != dtype:
+            has = [f"{name} {records.dtype[name].shape or ''}".strip() for name in dtype.names[:2]]
+            wants = f"{dtype['observation'].shape} and {dtype['action'].shape}"
+            raise UserError(f"{path} does not fit {task}: it has {' and '.join(has)}, the task {wants}")
+        return records
+
+    def check_content(self, path: Path, records: np.ndarray, rows: int = 100_000) -> None:
+        """Raises UserError for values that are not finite and actions outside [-1, 1]; reads `rows` at a time."""
+        for first in range(0, len(records), rows):
+            part = records[first : first + rows]
+            for name in ("observation", "action", "reward"):
+                values = part[name] if name == "observation" else part[name][part["valid"]]
+                if not np.isfinite(values).all():
+                    raise UserError(f"{path}: {name} holds values that are not finite")
+                if name == "action" and len(values) and np.abs(values).max() > 1 + 1e-5:
+                    raise UserError(f"{path}: actions reach {np.abs(values).max():.3g}, but must be in [-1, 1]")
+
+    def sample(self, rng: np.random.Generator, batch_size: int) -> Batch:
+        """A batch [batch_size, ...]: every task is equally likely, and so is every transition of a task."""
+        task_ids = np.sort(rng.integers(len(self.records), size=batch_size, dtype=np.int32))
+        observations, next_observations = np.zeros((2, batch_size, self.observation_dim), np.float32)
+        actions = np.zeros((batch_size, self.action_dim), np.float32)
+        rewards, terminated = np.zeros((2, batch_size), np.float32)
+        for task in np.unique(task_ids):
+            rows, records = task_ids == task, self.records[task]
+            starts = rng.choice(self.starts[task], rows.sum())
+            now = records[starts]
+            size = now["observation"].shape[1]
+            observations[rows, :size] = now["observation"]
+            next_observations[rows, :size] = records["observation"][starts + 1]
+            actions[rows, : now["action"].shape[1]] = now["action"]
+            rewards[rows], terminated[rows] = now["reward"], now["terminated"]
+        return Batch(observations, actions, rewards, terminated, next_observations, task_ids)
+
+
+def returns_of(records: np.ndarray, discount: float) -> tuple[float, float]:
+    """Largest absolute discounted return (Eq. 2) and mean undiscounted return of the episodes in `records`.
+
+    After the end of an episode comes nothing if it terminated, else its mean reward for ever, as in the released code:
+    no critic is there yet to be asked (C.2). An episode shorter than the horizon 1 / (1 - discount), such as the piece
+    that a stopped run leaves, says too little about what would have come: nothing is added.
+    """
+    valid = np.array(records["valid"])
+    rewards, terminated = records["reward"].astype(np.float64), np.array(records["terminated"])
+    ends = np.flatnonzero(~np.append(valid, False))
+    largest, totals, first = float(np.abs(rewards[valid]).max(initial=0)), [], 0
+    for end in ends:
+        if end > first:
+            episode = rewards[first:end]
+            returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
+            if not terminated[end - 1] and len(episode) * (1 - discount) >= 1:
+                returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
+            largest = max(largest, float(np.abs(returns).max()))
+            totals.append(episode.sum())
+        first = end + 1
+    return largest, float(np.mean(totals))
+
+
+class Replay:
+    """What a checkpoint holds in place of replay: nothing. The data stay where they are."""
+
+    inserted, slots, valid = 0, 1, np.zeros((1, 1), bool)
+
+    def records(self, task: int, slots: np.ndarray) -> np.ndarray:
+        return np.zeros(len(slots), [("valid", "?")])
+
+    def load_records(self, task: int, slots: np.ndarray, records: np.ndarray) -> None:
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------ networks
+
+orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+
+
+# Copied from brc_sac_continuous.py
+class BroNet(nn.Module):
+    """BroNet (C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized dense layers."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        for _ in range(self.depth):
+            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+        return x
+
+
+# Copied from brc_sac_continuous.py
+class Heads(nn.Module):
+    """A linear output; with num_heads > 1, one per task, of which each row takes its own (Yu et al., 2020)."""
+
+    features: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
+            keys = jax.random.split(key, self.num_heads)
+            return jnp.concatenate([orthogonal(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+
+        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
+        if self.num_heads == 1:
+            return x
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
+        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
+
+
+# Copied from brc_sac_continuous.py
+class Critic(nn.Module):
+    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
+
+    backbone: type[nn.Module]
+    width: int
+    depth: int
+    features: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+
+
+# Copied from brc_sac_continuous.py
+class Actor(nn.Module):
+    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
+
+    width: int
+    depth: int
+    action_dim: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = BroNet(self.width, self.depth)(x)
+        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
+
+
+# Copied from brc_sac_continuous.py
+def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
+    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
+
+    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
+    """
+    noise = jax.random.normal(key, mean.shape)
+    x = mean + jnp.exp(log_std) * noise
+    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
+    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
+
+
+MIN_LOG_STD = -2.0  # of the likelihood that behavioral cloning maximizes
+
+
+def action_log_density(mean: jax.Array, log_std: jax.Array, mask: jax.Array, actions: jax.Array) -> jax.Array:
+    """Log-density [batch] of given actions [batch, |A|] under the tanh-Gaussian; see sample_action.
+
+    Actions at the bounds, which the data of a saturated policy hold, have no finite inverse of tanh: they count as
+    +-0.999. The standard deviation counts as at least exp(MIN_LOG_STD): that of a fresh actor is anywhere between e^-10
+    and e^2, and dividing by its square would let a few rows drown all others.
+    """
+    log_std = jnp.maximum(log_std, MIN_LOG_STD)
+    x = jnp.arctanh(jnp.clip(actions, -0.999, 0.999))
+    log_density = -0.5 * ((x - mean) / jnp.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))
+    return ((log_density - log_det_tanh) * mask).sum(-1)
+
+
+# --------------------------------------------------------------------------------------- categorical projection
+
+
+# Copied from brc_sac_continuous.py
+def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
+    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
+
+    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
+    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
+    a [batch, N, N] tensor is never built.
+    """
+    num_atoms = probs.shape[-1]
+    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
+    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
+    upper_share = position - lower
+    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
+    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
+    return projected.at[rows, lower + 1].add(probs * upper_share)
+
+
+# ----------------------------------------------------------------------------------------- agent state and update
+
+ENTROPY_RATE = 0.05  # of the running mean that estimates H_i of Eq. 4 from each batch's rows of task i
+MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
+
+
+class AgentState(NamedTuple):
+    """Everything that learning changes, on the device."""
+
+    actor: Any
+    actor_optimizer: Any
+    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic_optimizer: Any
+    target_critic: Any
+    log_temperature: jax.Array
+    temperature_optimizer: Any
+    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
+    key: jax.Array
+
+
+class Agent(NamedTuple):
+    """The compiled functions of one agent; see make_agent."""
+
+    init: Any
+    act_deterministic: Any
+    update: Any
+    parameter_norm: Any
+
+
+def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None) -> Agent:
+    """The agent as pure functions of AgentState. One task takes the same path, without embedding.
+
+    action_dims: the tasks' own action sizes (default: action_dim for all); entropy and cloning count these only.
+    """
+    use_embedding = num_tasks > 1
+    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
+    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
+    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
+    atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
+    actor_network = Actor(args.actor_width, args.actor_depth, action_dim, 1)
+    critic_network = Critic(BroNet, args.critic_width, args.critic_depth, args.num_atoms, 1)
+    embedding_network = nn.Embed(num_tasks, args.embedding_size)
+    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
+    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
+    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
+
+    def init(seed: int) -> AgentState:
+        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + args.num_critics)
+        task_ids = jnp.zeros(1, jnp.int32)
+        conditioned_dim = observation_dim + args.embedding_size * use_embedding
+        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
+        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
+        critic_init = jax.jit(critic_network.init)
+        members = [critic_init(k, jnp.zeros((1, conditioned_dim + action_dim)), task_ids) for k in critic_keys]
+        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+        if use_embedding:
+            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
+        log_temperature = jnp.log(jnp.float32(args.initial_temperature))
+        return AgentState(
+            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
+            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks), key,
+        )  # fmt: skip
+
+    def embed(critic, task_ids):
+        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
+        embedding = embedding_network.apply(critic["embedding"], task_ids)
+        order = 1 if args.embedding_norm == "l1" else 2
+        return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
+
+    def policy(actor, critic, observations, task_ids):
+        """Arguments of sample_action; the embedding is the critic's and gets no gradient from here (C.4)."""
+        if use_embedding:
+            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
+        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
+
+    def critic_outputs(critic, observations, actions, task_ids):
+        """Logits of every critic, [num_critics, batch, num_atoms]."""
+        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
+        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
+        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
+
+    def reward_scale(state, max_return):
+        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
+        entropy_bound = jnp.exp(state.log_temperature) * jnp.abs(state.entropy) / (1 - args.discount)
+        return args.v_max / jnp.maximum(max_return + entropy_bound, MIN_SCALE)
+
+    def critic_target(state, batch, max_return, key):
+        """Target distribution [batch, num_atoms] (C.2) and normalized rewards [batch]."""
+        next_observations, task_ids = batch.next_observations, batch.task_ids
+        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
+        discounts = args.discount * (1 - batch.terminated)
+        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
+        next_actions, next_log_probs = sample_action(key, *next_policy)
+        outputs = critic_outputs(state.target_critic, next_observations, next_actions, task_ids)
+        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
+        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
+        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, args.v_min, args.v_max), rewards
+
+    def critic_loss(critic, batch, target):
+        """Cross-entropy with the target distribution; mean over the batch, sum over critics."""
+        outputs = critic_outputs(critic, batch.observations, batch.actions, batch.task_ids)
+        return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
+
+    def actor_loss(actor, state, batch, key):
+        """Policy improvement over its mean |Q|, and cloning; see the top of the file."""
+        mean, log_std, mask = policy(actor, state.critic, batch.observations, batch.task_ids)
+        actions, log_probs = sample_action(key, mean, log_std, mask)
+        outputs = critic_outputs(state.critic, batch.observations, actions, batch.task_ids)
+        q = (nn.softmax(outputs) * atoms).sum(-1).mean(0)
+        q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+        improvement = (jnp.exp(state.log_temperature) * log_probs - q).mean() / jnp.maximum(q_scale, 1e-6)
+        if args.bc_loss == "nll":
+            cloning = -action_log_density(mean, log_std, mask, batch.actions)
+        else:
+            cloning = (((jnp.tanh(mean) - batch.actions) * mask) ** 2).sum(-1)
+        cloning = (cloning / own_dims[batch.task_ids]).mean()
+        loss = cloning if args.bc_only else improvement + args.bc_coef * cloning
+        return loss, (log_probs, {"losses/improvement": improvement, "losses/cloning": cloning, "q/policy": q.mean()})
+
+    def update(state: AgentState, batch: Batch, max_return: jax.Array):
+        """Critic, target critic, actor, temperature, in this order. batch: [batch_size, ...]; max_return: G_i."""
+        key, critic_key, actor_key = jax.random.split(state.key, 3)
+        target, rewards = critic_target(state, batch, max_return, critic_key)
+        critic_value, gradient = jax.value_and_grad(critic_loss)(state.critic, batch, target)
+        critic_norm = optax.tree.norm(gradient)
+        step, optimizer = critic_optimizer.update(gradient, state.critic_optimizer, state.critic)
+        critic = optax.apply_updates(state.critic, step)
+        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
+        state = state._replace(key=key, critic=critic, critic_optimizer=optimizer, target_critic=target_critic)
+
+        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
+        (actor_value, (log_probs, parts)), gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
+        actor_norm = optax.tree.norm(gradient)
+        step, optimizer = actor_optimizer.update(gradient, state.actor_optimizer, state.actor)
+        state = state._replace(actor=optax.apply_updates(state.actor, step), actor_optimizer=optimizer)
+
+        entropy = -log_probs.mean()
+        rows = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
+        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(rows, 1)
+        task_entropy = jnp.where(rows > 0, state.entropy + ENTROPY_RATE * (task_entropy - state.entropy), state.entropy)
+
+        surplus = entropy - target_entropy[batch.task_ids].mean()
+        temperature_loss = lambda log_temperature: jnp.exp(log_temperature) * surplus  # noqa: E731
+        temperature_value, gradient = jax.value_and_grad(temperature_loss)(state.log_temperature)
+        step, optimizer = temperature_optimizer.update(gradient, state.temperature_optimizer)
+        state = state._replace(
+            log_temperature=state.log_temperature + step, temperature_optimizer=optimizer, entropy=task_entropy
+        )
+        q = (target * atoms).sum(-1)
+        metrics = {
+            "losses/critic": critic_value, "losses/actor": actor_value, "losses/temperature": temperature_value,
+            "gradient_norms/critic": critic_norm, "gradient_norms/actor": actor_norm, "policy/entropy": entropy,
+            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
+            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
+            "rewards/normalized_max_abs": jnp.abs(rewards).max(), **parts,
+        }  # fmt: skip
+        return state, metrics
+
+    def act_deterministic(actor, critic, observations, task_ids):
+        mean, _, mask = policy(actor, critic, observations, task_ids)
+        return jnp.tanh(mean) * mask
+
+    def parameter_norm(state: AgentState):
+        """Norm of all network parameters, finite if they all are."""
+        return optax.tree.norm((state.actor, state.critic, state.target_critic))
+
+    return Agent(init, jax.jit(act_deterministic), jax.jit(update, donate_argnums=0), jax.jit(parameter_norm))
+
+
+# Copied from brc_sac_continuous.py
+def parameter_count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
+
+
+# Copied from brc_sac_continuous.py
+def eval_copies(num_tasks: int, episodes: int) -> int:
+    """Copies of each task that evaluation steps at once: a divisor of `episodes`, so that none is played in vain."""
+    return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
+
+
+# Copied from brc_sac_continuous.py
+def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list):
+    """Returns and successes of deterministic episodes, a list of [episodes] per task; None if `stop` fills meanwhile.
+
+    Every copy of a task plays the same number of whole episodes, so that short episodes are not counted more often.
+    """
+    returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
+    episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
+    quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
+    done, observations = np.zeros(envs.size, bool), envs.reset()
+    while not (finished := np.array([len(r) for r in returns]) >= quota).all():
+        if stop:
+            return None
+        actions = np.asarray(agent.act_deterministic(state.actor, state.critic, observations, envs.task_ids))
+        envs.send(actions, resting=finished)
+        observations, rewards, terminated, truncated, success = envs.recv()
+        episode_return += np.where(done, 0, rewards)  # the step after done was a reset
+        episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
+        done = ~done & (terminated | truncated)
+        for row in np.flatnonzero(done):
+            if len(returns[row]) < quota[row]:
+                returns[row].append(episode_return[row])
+                successes[row].append(episode_success[row])
+        episode_return[done] = 0
+    return tuple([np.concatenate(episodes[rows]) for rows, _ in envs.rows] for episodes in (returns, successes))
+
+
+# Copied from brc_sac_continuous.py
+def frame_renderer(env: gym.Env):
+    """A function that returns an RGB frame [height, width, 3]; HumanoidBench's own fails on current Gymnasium."""
+    if not hasattr(env.unwrapped, "robot"):
+        return env.render
+    import mujoco
+
+    renderer = mujoco.Renderer(env.unwrapped.model, 256, 256)
+
+    def render() -> np.ndarray:
+        renderer.update_scene(env.unwrapped.data, camera=env.unwrapped.task.camera_name)
+        return renderer.render()
+
+    return render
+
+
+# Copied from brc_sac_continuous.py
+def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path):
+    """One deterministic episode as mp4, every second frame."""
+    import imageio
+
+    env = make_env(task, render_mode="rgb_array")
+    render, frames = frame_renderer(env), []
+    observation, done = env.reset()[0], False
+    for time_step in itertools.count():
+        if time_step % 2 == 0:
+            frames.append(render())
+        if done:
+            break
+        padded = np.zeros((1, observation_dim), np.float32)
+        padded[0, : len(observation)] = observation
+        action = np.asarray(agent.act_deterministic(state.actor, state.critic, padded, np.array([task_id])))[0]
+        observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
+        done = terminated or truncated
+    env.close()
+    path.parent.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
+        imageio.mimsave(path, frames, fps=30)
+
+
+# --------------------------------------------------------------------------------------- logging and checkpoints
+
+SCRIPT = "brc_offline_bc"
+PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
+EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
+RESUMABLE = {  # arguments that a resumed run may change
+    "total_updates", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
+    "wandb_project", "env_backend", "resume",
+}  # fmt: skip
+LOG_EVERY = 500  # updates between TensorBoard points and checks for non-finite losses
+
+
+# Copied from brc_sac_continuous.py
+def file_name(task: str) -> str:
+    return task.replace("/", "-").replace(":", "-")
+
+
+# Copied from brc_sac_continuous.py
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that a crash or a full disk leaves the old one."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    partial_path.write_text(text, newline="")
+    partial_path.replace(path)
+
+
+# Copied from brc_sac_continuous.py
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
+    args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
+    if not args.resume:
+        return args
+    path = Path(args.resume) / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+        if saved.get("script", SCRIPT) != SCRIPT:
+            raise UserError(f"--resume {args.resume}: that run was made by {saved['script']}, not by this script")
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        known = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}  # older runs lack some
+        default = Args(**{**known, "env_ids": tuple(saved["env_ids"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume {args.resume}: no run of this script there ({path}: {error})") from error
+    args = tyro.cli(Args, args=argv, default=default)
+    changed = [k for k, v in asdict(args).items() if v != getattr(default, k) and k not in RESUMABLE]
+    if changed:
+        names = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise UserError(f"a resumed run cannot change {names}; start a new run instead")
+    return args
+
+
+# Copied from brc_sac_continuous.py
+def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
+    """What args.json holds besides the arguments."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except ImportError:
+            versions[package] = None
+    env_info = {
+        "num_tasks": len(tasks), "task_names": tasks, "observation_dim": envs.observation_dim,
+        "action_dim": envs.action_dim, "observation_dims": envs.observation_dims, "action_dims": envs.action_dims,
+    }  # fmt: skip
+    device = jax.devices()[0].device_kind
+    return {"script": SCRIPT, "env_info": env_info, "versions": versions, "device": device, "git_commit": commit}
+
+
+# Copied from brc_sac_continuous.py
+class Logger:
+    """eval.csv, TensorBoard and, with --track, Weights & Biases. Rows later than `step` of a resume are dropped."""
+
+    def __init__(self, args: Args, run_dir: Path, step: int):
+        self.csv = run_dir / "eval.csv"
+        rows = []
+        if self.csv.exists():
+            whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
+            rows = [row for row in whole_rows if int(row["step"]) <= step]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, EVAL_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_file(self.csv, text.getvalue())
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step if step > 0 else None)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            name = run_dir.name
+            self.wandb = wandb.init(
+                project=args.wandb_project, name=name, id=name, resume="allow", dir=str(run_dir), config=asdict(args)
+            )
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, float(value), step)
+        if self.wandb:
+            self.wandb.log({**values, "step": step})
+
+    def evaluation(self, rows: list[dict]) -> None:
+        with self.csv.open("a", newline="") as file:
+            csv.DictWriter(file, EVAL_COLUMNS).writerows(rows)
+
+    def close(self) -> None:
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# Copied from brc_sac_continuous.py
+def checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+# Copied from brc_sac_continuous.py
+def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay, counters: dict, keep: int) -> None:
+    """Writes checkpoints/<step>/: learner state (Orbax), replay, counters, and a checksum of every file.
+
+    The directory is renamed into place when complete. Replay is written once: a checkpoint holds the slots since the
+    previous one and hard links to the older pieces.
+    """
+    root = run_dir / "checkpoints"
+    path, partial_path = root / str(step), root / f".partial-{step}"
+    shutil.rmtree(partial_path, ignore_errors=True)
+    if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > shutil.disk_usage(run_dir).free:
+        raise OSError(errno.ENOSPC, "No space left on device")  # before Orbax's threads meet it
+    (partial_path / "replay").mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((partial_path / "state").absolute(), state._asdict())
+    first, previous = 0, None
+    if found := [s for s in checkpoint_steps(run_dir) if s < step]:
+        previous = root / str(found[0])
+        for piece in sorted((previous / "replay").iterdir()):
+            begin, end = map(int, piece.stem.split("-"))
+            first = max(first, end)
+            if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
+                try:
+                    os.link(piece, partial_path / "replay" / piece.name)
+                except OSError:  # a file system without hard links
+                    shutil.copy2(piece, partial_path / "replay" / piece.name)
+    first = max(first, replay.inserted - replay.slots + 1)
+    slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
+    with (partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+        header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
+        for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
+            records = replay.records(task, slots)
+            if task == 0:
+                np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
+            piece.write(records)
+    files = {str(f.relative_to(partial_path)): checksum(f) for f in sorted(partial_path.rglob("*")) if f.is_file()}
+    contents = {**counters, "replay_inserted": replay.inserted, "files": files}
+    contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
+    (partial_path / "checkpoint.json").write_text(json.dumps(contents))
+    shutil.rmtree(path, ignore_errors=True)
+    partial_path.rename(path)
+    for old in checkpoint_steps(run_dir)[keep:]:
+        shutil.rmtree(root / str(old))
+
+
+# Copied from brc_sac_continuous.py
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, newest first."""
+    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+
+
+# Copied from brc_sac_continuous.py
+def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
+    """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
+    damaged_paths = []
+    for step in checkpoint_steps(run_dir):
+        path = run_dir / "checkpoints" / str(step)
+        try:
+            counters = json.loads((path / "checkpoint.json").read_text())
+            if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+                raise ValueError("checkpoint.json does not match its checksum")
+            damaged = [name for name, crc in counters["files"].items() if checksum(path / name) != crc]
+            if damaged:
+                raise ValueError(f"{damaged[0]} does not match its checksum")
+            with ocp.StandardCheckpointer() as checkpointer:
+                state = AgentState(**checkpointer.restore((path / "state").absolute(), state._asdict()))
+            for piece in sorted((path / "replay").iterdir()):
+                first, last = map(int, piece.stem.split("-"))
+                keep = slice(max(first, counters["replay_inserted"] - replay.slots + 1) - first, None)
+                records = np.load(piece, mmap_mode="r", allow_pickle=False)[:, keep]
+                slots = np.arange(last + 1 - records.shape[1], last + 1) % replay.slots
+                for task in range(len(records)):
+                    replay.load_records(task, slots, records[task])
+            replay.inserted = counters["replay_inserted"]
+            for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
+                damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
+            return state, counters
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
+            damaged_paths.append(path)
+    raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> None:
+    """Trains one agent on the data of `args`; everything it writes is in its run directory."""
+    check_args(args)
+    tasks = dataset_tasks(args)
+    if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+    run_name = args.run_name or f"{file_name(tasks[0])}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume) if args.resume else Path(args.run_root) / run_name
+    if not args.resume and (run_dir / "checkpoints").exists():
+        raise UserError(f"{run_dir} holds a run: continue it with --resume {run_dir}, or choose another --run-name")
+
+    envs = ParallelEnvs(tasks, eval_copies(len(tasks), args.eval_episodes), args.seed, args.env_backend)
+    if is_folder(args.dataset):
+        paths = [Path(args.dataset[0]) / f"{file_name(task)}.npy" for task in tasks]
+    else:
+        paths = [run_dir / "data" / f"{file_name(task)}.npy" for task in tasks]
+        for name, path in zip(args.dataset, paths, strict=True):
+            if not path.exists():
+                convert_minari(name, path)
+    data = Dataset(tasks, paths, envs, args.last_transitions, args.discount)
+    num_tasks, observation_dim, action_dim = len(tasks), envs.observation_dim, envs.action_dim
+    agent = make_agent(args, num_tasks, observation_dim, action_dim, envs.action_dims)
+    state = agent.init(args.seed)
+    rng = np.random.default_rng(args.seed)
+    step, wall_time, last_evaluation = 0, 0.0, -1
+    if args.resume:
+        state, counters = load_checkpoint(run_dir, state, Replay())
+        step, wall_time, last_evaluation = counters["step"], counters["wall_time"], counters["last_evaluation"]
+        rng.bit_generator.state = counters["rng"]
+        if step > args.total_updates or last_evaluation >= args.total_updates:  # else its last evaluation is missing
+            raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-updates")
+        print(f"resumed {run_dir} at step {step:,}")
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    returns = dict(zip(tasks, data.mean_return, strict=True))
+    information = {**asdict(args), **run_information(tasks, envs), "data_mean_return": returns}
+    replace_file(run_dir / "args.json", json.dumps(information, indent=2))
+    critic_size, actor_size = parameter_count([state.critic, state.target_critic]), parameter_count(state.actor)
+    print(f"tasks: {num_tasks}, |S| = {observation_dim}, |A| = {action_dim}; device: {information['device']}")
+    print(f"parameters: {critic_size:,} in critics and targets, {actor_size:,} in the actor; run directory: {run_dir}")
+    for task, starts in zip(tasks, data.starts, strict=True):
+        print(f"data: {task} {len(starts):,} transitions, mean return {returns[task]:.1f}")
+    if args.total_updates == 0:
+        envs.close()
+        return
+
+    stop: list[int] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
+        signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
+    logger = Logger(args, run_dir, step if args.resume else -1)
+    started, last_checkpoint, last_log = time.time() - wall_time, step, (time.time(), step)
+    rows, metrics = [], None
+    rng_state = rng.bit_generator.state
+    batch = data.sample(rng, args.batch_size)
+    bar = tqdm(total=args.total_updates, initial=step, unit="update", mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    with bar as progress:
+        while True:
+            if (step % args.eval_every == 0 or step == args.total_updates) and last_evaluation < step and not stop:
+                results = evaluate(agent, state, envs, args.eval_episodes, stop)
+                if results is not None:
+                    last_evaluation, wall_time = step, time.time() - started
+                    rows = evaluation_rows(tasks, results, step, step, wall_time)
+                    logger.evaluation(rows)
+                    values = {}
+                    for column in ("return", "success", "score"):
+                        found = {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}
+                        if found:
+                            values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
+                            progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
+                    logger.scalars(values, step)
+                    for task_id, task in enumerate(tasks if args.capture_video else []):
+                        path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
+                        try:
+                            record_video(agent, state, task, task_id, observation_dim, path)
+                        except Exception as error:  # a graphics library or a package for drawing may be missing
+                            progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
+            if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == args.total_updates or stop):
+                check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
+                counters = {
+                    "step": step, "updates": step, "wall_time": time.time() - started,
+                    "last_evaluation": last_evaluation, "rng": rng_state,
+                }  # fmt: skip
+                try:
+                    save_checkpoint(run_dir, step, state, Replay(), counters, args.keep_checkpoints)
+                except Exception as error:  # Orbax reports a full disk in exceptions of its own
+                    if "No space left" not in str(error):
+                        raise
+                    shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
+                    raise UserError(
+                        f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
+                        f"then continue with --resume {run_dir}"
+                    ) from error
+                last_checkpoint = step
+            if step == args.total_updates or stop:
+                break
+
+            state, metrics = agent.update(state, batch, data.max_return)
+            rng_state = rng.bit_generator.state  # of the batch that comes next, which a resumed run draws again
+            batch = data.sample(rng, args.batch_size)  # while the device updates
+            jax.block_until_ready(metrics)
+            step += 1
+            progress.update()
+            if step % LOG_EVERY == 0:
+                check_finite(metrics, run_dir, step)
+                now = time.time()
+                speed = {"speed/updates_per_second": (step - last_log[1]) / (now - last_log[0])}
+                logger.scalars({**metrics, **speed}, step)
+                last_log = (now, step)
+
+    logger.close()
+    envs.close()
+    if stop and last_evaluation < args.total_updates:
+        print(f"stopped at step {step:,}" + f"; continue with --resume {run_dir}" * bool(checkpoint_steps(run_dir)))
+    else:
+        print_table(rows)
+
+
+# Copied from brc_sac_continuous.py
+def evaluation_rows(tasks: list[str], results, step: int, updates: int, wall_time: float) -> list[dict]:
+    """Rows of eval.csv, one per task; empty where a column has no meaning."""
+    rows = []
+    for task, returns, successes in zip(tasks, *results, strict=True):
+        score = normalized_score(task, returns.mean(), successes.mean())  # linear in both
+        rows.append({
+            "step": step, "updates": updates, "wall_time": round(wall_time, 2), "task": task, "episodes": len(returns),
+            "return": round(float(returns.mean()), 4),
+            "success": "" if np.isnan(successes.mean()) else round(float(successes.mean()), 5),
+            "score": "" if np.isnan(score) else round(float(score), 5),
+        })  # fmt: skip
+    return rows
+
+
+# Copied from brc_sac_continuous.py
+def print_table(rows: list[dict]) -> None:
+    """Last evaluation of every task."""
+    width = max([len(row["task"]) for row in rows], default=4)
+    print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
+    for row in rows:
+        print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
+    scores = [row["score"] for row in rows if row["score"] != ""]
+    if scores:
+        print(f"{'mean':<{width}} {'':>10} {'':>8} {np.mean(scores):>7.3f}")
+
+
+# Copied from brc_sac_continuous.py
+def check_finite(metrics: dict | None, run_dir: Path, step: int) -> None:
+    """Stops the run when a loss or gradient is not finite, before it could reach a checkpoint."""
+    bad = [name for name, value in (metrics or {}).items() if not np.isfinite(value)]
+    if bad:
+        last = checkpoint_steps(run_dir)[:1]
+        good = f"the last good checkpoint is {run_dir}/checkpoints/{last[0]}" if last else "there is no checkpoint yet"
+        raise UserError(f"not finite at step {step:,}: {', '.join(bad)}; {good}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+            message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,478 @@
+"""brc_offline_bc.py: data sets in and out, the actor's loss against float64, errors, resume, learning from data."""
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import quad
+
+import brc_offline_bc as brc
+import brc_sac_continuous as online
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gym_tasks  # noqa: F401 (registers the environments that data are made of)
+
+SCRIPT = Path(brc.__file__)
+POINTS = ["gym/gym_tasks:PointRight-v0", "gym/gym_tasks:PointLeft-v0"]
+SMALL = """--critic-width 32 --critic-depth 1 --actor-width 32 --batch-size 32 --eval-episodes 1""".split()
+
+
+@pytest.fixture(autouse=True)
+def worker_path(monkeypatch):
+    """Worker processes find gym_tasks."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent))
+
+
+def write(folder: Path, task: str, episodes: list[dict], observation_dim: int = 2, action_dim: int = 2) -> Path:
+    """A data file: each episode has observations [T + 1], actions [T], rewards [T] and terminated."""
+    length = sum(len(episode["rewards"]) + 1 for episode in episodes)
+    records, first = np.zeros(length, brc.record_type(observation_dim, action_dim)), 0
+    for episode in episodes:
+        rows = records[first : first + len(episode["rewards"]) + 1]
+        rows["observation"], rows["action"][:-1] = episode["observations"], episode["actions"]
+        rows["reward"][:-1], rows["valid"][:-1] = episode["rewards"], True
+        rows["terminated"][-2] = episode["terminated"]
+        first += len(rows)
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"{brc.file_name(task)}.npy", records)
+    return folder / f"{brc.file_name(task)}.npy"
+
+
+def random_episodes(rng, count: int, observation_dim: int = 2, action_dim: int = 2, length: int = 12) -> list[dict]:
+    return [
+        {
+            "observations": rng.normal(size=(n + 1, observation_dim)),
+            "actions": rng.uniform(-1, 1, (n, action_dim)),
+            "rewards": rng.normal(size=n),
+            "terminated": rng.random() < 0.5,
+        }
+        for n in rng.integers(1, length, count)
+    ]  # fmt: skip
+
+
+def point_episodes(task: str, count: int, skill: float, seed: int) -> list[dict]:
+    """Real episodes of a point task: with probability `skill` a noisy step to the goal, else a random one."""
+    env, rng, episodes = gym.make(task.removeprefix("gym/")).unwrapped, np.random.default_rng(seed), []
+    for index in range(count):
+        observations, actions, rewards, done = [env.reset(seed=seed * 1000 + index)[0]], [], [], False
+        while not done:
+            straight = np.clip((env.goal - observations[-1]) / 0.25 + 0.3 * rng.normal(size=2), -1, 1)
+            actions.append(straight if rng.random() < skill else rng.uniform(-1, 1, 2))
+            observation, reward, _, done, _ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        episodes.append({"observations": observations, "actions": actions, "rewards": rewards, "terminated": False})
+    return episodes
+
+
+class Sizes:
+    """What Dataset asks of ParallelEnvs."""
+
+    def __init__(self, *sizes: tuple[int, int]):
+        self.observation_dims, self.action_dims = [s for s, _ in sizes], [a for _, a in sizes]
+        self.observation_dim, self.action_dim = max(self.observation_dims), max(self.action_dims)
+
+
+def train(*arguments) -> None:
+    brc.main(brc.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("batch_size", 1024), ("discount", 0.99), ("polyak_tau", 5e-3), ("num_atoms", 101), ("critic_width", 4096),
+     ("critic_depth", 2), ("actor_lr", 3e-4), ("critic_lr", 3e-4), ("embedding_size", 32), ("embedding_norm", "l1")],
+)  # fmt: skip
+def test_defaults_are_table_3s(argument, value):
+    assert getattr(brc.Args(), argument) == value
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+def test_samples_are_the_files_transitions(tmp_path):
+    """Of both tasks, padded with zeros, each task equally often though one has ten times the data."""
+    rng, expected = np.random.default_rng(0), [set(), set()]
+    paths = []
+    for task, (count, sizes) in enumerate(((4, (2, 1)), (40, (3, 2)))):
+        episodes = random_episodes(rng, count, *sizes)
+        paths.append(write(tmp_path, f"gym/Task{task}", episodes, *sizes))
+        for episode in episodes:
+            last = len(episode["rewards"]) - 1
+            for t in range(last + 1):
+                row = np.zeros(3 + 2 + 2 + 3, np.float32)
+                row[: sizes[0]], row[3 : 3 + sizes[1]] = episode["observations"][t], episode["actions"][t]
+                row[5], row[6] = episode["rewards"][t], episode["terminated"] and t == last
+                row[7 : 7 + sizes[0]] = episode["observations"][t + 1]
+                expected[task].add(tuple(row.tolist()))
+    data = brc.Dataset(["gym/Task0", "gym/Task1"], paths, Sizes((2, 1), (3, 2)), None, 0.99)
+    batch = data.sample(np.random.default_rng(1), 20_000)
+    rows = np.column_stack(
+        [batch.observations, batch.actions, batch.rewards, batch.terminated, batch.next_observations]
+    )
+    for task in range(2):
+        assert {tuple(row) for row in rows[batch.task_ids == task].tolist()} == expected[task]
+    assert abs((batch.task_ids == 0).mean() - 0.5) < 0.02
+
+
+def test_last_transitions(tmp_path):
+    rng = np.random.default_rng(0)
+    path = write(tmp_path, "gym/A", random_episodes(rng, 30))
+    records = np.load(path)
+    newest = records["reward"][np.flatnonzero(records["valid"])[-17:]]
+    data = brc.Dataset(["gym/A"], [path], Sizes((2, 2)), 17, 0.99)
+    batch = data.sample(rng, 2000)
+    assert set(batch.rewards.tolist()) == set(newest.tolist())
+
+
+def test_largest_return_by_hand(tmp_path):
+    """Terminated: nothing after the end. Truncated, at least the horizon of 2 long: its mean reward for ever."""
+    discount = 0.5
+
+    def largest(rewards, terminated):
+        observations, actions = np.zeros((len(rewards) + 1, 2)), np.zeros((len(rewards), 2))
+        episode = {"observations": observations, "actions": actions, "rewards": rewards, "terminated": terminated}
+        path = write(tmp_path, "gym/A", [episode])
+        return brc.returns_of(np.load(path), discount)
+
+    assert largest([1, 2, 4], True) == (4.0, 7.0)  # 1 + 1 + 1 = 3, 2 + 2 = 4, 4
+    assert largest([2, 4], False)[0] == pytest.approx(4 + 0.5 * 6)  # mean 3, tail 6: 2 + 2 + 1.5, 4 + 3
+    assert largest([-8], False) == (8.0, -8.0)
+    assert largest([0, 0], True) == (0.0, 0.0)
+
+
+def test_returns_of_random_data_against_a_loop(tmp_path):
+    rng, discount = np.random.default_rng(3), 0.9
+    episodes, totals, best = random_episodes(rng, 50, length=40), [], 0.0
+    for episode in episodes:
+        rewards = np.float32(episode["rewards"]).astype(float)
+        value = 0.0 if episode["terminated"] or len(rewards) < 10 else rewards.mean() / (1 - discount)
+        for reward in rewards[::-1]:
+            value = reward + discount * value
+            best = max(best, abs(value), abs(reward))
+        totals.append(rewards.sum())
+    found = brc.returns_of(np.load(write(tmp_path, "gym/A", episodes)), discount)
+    assert found == pytest.approx((best, np.mean(totals)))
+
+
+def test_replay_of_an_online_run_is_a_data_set(tmp_path, monkeypatch):
+    """--save-replay of brc_sac_continuous.py, straight in: tasks by args.json, every valid transition."""
+    arguments = [*SMALL, "--learning-starts", 10**6, "--total-timesteps", 100, "--eval-every", 100, "--save-replay"]
+    arguments += ["--env-ids", *POINTS, "--run-root", tmp_path, "--run-name", "online"]
+    online.main(online.parse_args([str(argument) for argument in arguments]))
+    args = brc.Args(dataset=(str(tmp_path / "online" / "replay"),))
+    tasks = brc.dataset_tasks(args)
+    assert tasks == POINTS
+    paths = [tmp_path / "online" / "replay" / f"{brc.file_name(task)}.npy" for task in tasks]
+    data = brc.Dataset(tasks, paths, Sizes((2, 2), (2, 2)), None, 0.99)
+    assert [len(starts) for starts in data.starts] == [97, 97]  # 25 steps, one that resets, ...
+    batch = data.sample(np.random.default_rng(0), 500)
+    step = batch.next_observations - np.clip(batch.observations + 0.25 * batch.actions, -1, 1)
+    assert np.abs(step).max() < 1e-6, "the next observation is not where the action led"
+    assert brc.dataset_tasks(brc.Args(dataset=args.dataset, env_ids=(POINTS[1],))) == [POINTS[1]]
+
+
+DAMAGE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-40]), "damaged"),
+    "empty file": (lambda path: path.write_bytes(b""), "damaged"),
+    "text": (lambda path: path.write_text("hello"), "damaged"),
+    "pickled objects": (lambda path: np.save(path, np.array([{"a": 1}], object), allow_pickle=True), "damaged"),
+    "a plain array": (lambda path: np.save(path, np.zeros((5, 3))), "not a data set"),
+    "no transition": (lambda path: np.save(path, np.zeros(9, brc.record_type(2, 2))), "no transition"),
+    "no record": (lambda path: np.save(path, np.zeros(0, brc.record_type(2, 2))), "no transition"),
+    "other sizes": (lambda path: write(path.parent, "gym/A", random_episodes(np.random.default_rng(0), 3, 5, 1), 5, 1),
+                    "does not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_data(name, tmp_path):
+    path = write(tmp_path, "gym/A", random_episodes(np.random.default_rng(0), 3))
+    damage, words = DAMAGE[name]
+    damage(path)
+    with pytest.raises(brc.UserError, match=words) as error:
+        brc.Dataset(["gym/A"], [path], Sizes((2, 2)), None, 0.99)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("observation", np.nan, "not finite"), ("action", np.inf, "not finite"), ("reward", np.nan, "not finite"),
+     ("action", 1.5, "in \\[-1, 1\\]")],
+)  # fmt: skip
+def test_bad_values_in_data(name, value, words, tmp_path):
+    path = write(tmp_path, "gym/A", random_episodes(np.random.default_rng(0), 9))
+    records = np.load(path)
+    records[name][np.flatnonzero(records["valid"])[-2]] = value
+    np.save(path, records)
+    with pytest.raises(brc.UserError, match=words):
+        brc.Dataset(["gym/A"], [path], Sizes((2, 2)), None, 0.99)
+
+
+def test_user_errors(tmp_path, monkeypatch, capfd):
+    write(tmp_path / "data", POINTS[0], random_episodes(np.random.default_rng(0), 3))
+    data = tmp_path / "data"
+    for arguments, words in (
+        ([], "--dataset"),
+        (["--dataset", data], "--env-ids"),  # nothing says which tasks these are
+        (["--dataset", data, "--env-ids", "dmc/walker-wlak"], "dmc/walker-wlak"),
+        (["--dataset", data, "--env-ids", POINTS[1]], "has no data of"),
+        (["--dataset", tmp_path / "nowhere"], "--env-ids"),
+        (["--dataset", tmp_path / "nowhere", "--env-ids", POINTS[0]], "cannot read Minari data set"),
+        (["--dataset", data, "--bc-coef", "-1"], "--bc-coef"),
+        (["--resume", tmp_path / "nowhere"], "no run of this script"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--run-root", str(tmp_path / "runs")])
+        with pytest.raises(SystemExit) as status:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert status.value.code == 2 and len(lines) == 1 and words in lines[0], (arguments, lines)
+
+
+# ----------------------------------------------------------------------------------------------- the actor's loss
+
+
+def test_log_density_is_that_of_the_tanh_gaussian():
+    """It integrates to 1 over (-1, 1), and agrees with what sample_action says of its own samples."""
+    mean, log_std = jnp.array([[0.3]]), jnp.array([[-0.4]])
+    density = lambda a: math.exp(brc.action_log_density(mean, log_std, jnp.ones((1, 1)), jnp.array([[a]]))[0])  # noqa: E731
+    assert quad(density, -0.998, 0.998, epsabs=1e-4)[0] == pytest.approx(1, abs=5e-3)
+    mean, log_std = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.linspace(-2, 0, 12).reshape(4, 3)
+    mask = jnp.array([[1.0, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    actions, log_probs = brc.sample_action(jax.random.PRNGKey(0), mean, log_std, mask)
+    np.testing.assert_allclose(brc.action_log_density(mean, log_std, mask, actions), log_probs, rtol=1e-4)
+
+
+def test_log_density_of_saturated_actions_is_finite():
+    value = brc.action_log_density(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.array([[1.0, -1.0]]))
+    assert np.isfinite(value).all()
+
+
+def one_update(action_dims=(2, 1), **changes):
+    """Metrics and states of one update of a small two-task agent, with the batch that it learned from."""
+    args = brc.Args(critic_width=16, critic_depth=1, actor_width=16, batch_size=8, **changes)
+    agent = brc.make_agent(args, 2, 3, 2, list(action_dims))
+    rng, task_ids = np.random.default_rng(0), np.array([0, 0, 0, 0, 1, 1, 1, 1], np.int32)
+    actions = rng.uniform(-0.9, 0.9, (8, 2)).astype(np.float32) * (task_ids[:, None] < np.array([2, 1]))
+    floats = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    batch = brc.Batch(floats(8, 3), actions, floats(8), np.zeros(8, np.float32), floats(8, 3), task_ids)
+    before = agent.init(0)
+    state = jax.tree.map(jnp.copy, before)
+    after, metrics = agent.update(state, batch, np.array([5.0, 2.0], np.float32))
+    return args, agent, batch, before, after, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("bc_loss", ["nll", "mse"])
+def test_cloning_loss_against_float64(bc_loss):
+    """Per dimension that the task has, so that a task of one action dimension counts as much as one of two."""
+    args, _, batch, before, after, metrics = one_update(bc_loss=bc_loss)
+    # The critic, and with it the embedding, is updated before the actor.
+    embedding = np.asarray(after.critic["embedding"]["params"]["embedding"], np.float64)
+    embedding /= np.abs(embedding).sum(axis=1, keepdims=True)
+    inputs = np.concatenate([batch.observations, embedding[batch.task_ids]], axis=1).astype(np.float32)
+    actor = brc.Actor(args.actor_width, args.actor_depth, 2, 1)
+    mean, log_std = (np.asarray(x, np.float64) for x in actor.apply(before.actor, inputs, batch.task_ids))
+    terms = []
+    for row, dims in enumerate(np.array([2, 1])[batch.task_ids]):
+        per_dimension = []
+        for d in range(dims):
+            a, m, s = float(batch.actions[row, d]), mean[row, d], max(math.exp(log_std[row, d]), math.exp(-2))
+            if bc_loss == "nll":
+                log_density = -0.5 * ((math.atanh(a) - m) / s) ** 2 - math.log(s) - 0.5 * math.log(2 * math.pi)
+                per_dimension.append(math.log(1 - a**2) - log_density)
+            else:
+                per_dimension.append((math.tanh(m) - a) ** 2)
+        terms.append(np.mean(per_dimension))
+    assert metrics["losses/cloning"] == pytest.approx(np.mean(terms), rel=1e-3)
+    assert metrics["losses/actor"] == pytest.approx(
+        metrics["losses/improvement"] + args.bc_coef * np.mean(terms), rel=1e-3
+    )
+
+
+def test_improvement_is_divided_by_mean_absolute_q():
+    """alpha log pi - Q over |Q|: at temperature ~ 0 and Q of one sign it is -1 or 1 whatever Q's scale."""
+    *_, metrics = one_update(initial_temperature=1e-9)
+    assert abs(metrics["losses/improvement"]) <= 1 + 1e-5
+    assert metrics["losses/improvement"] * metrics["q/policy"] <= 0
+
+
+def test_bc_only_ignores_the_critic_and_coefficient_0_the_data():
+    *_, after, metrics = one_update(bc_only=True)
+    assert metrics["losses/actor"] == metrics["losses/cloning"]
+    *_, metrics = one_update(bc_coef=0.0)
+    assert metrics["losses/actor"] == metrics["losses/improvement"]
+
+
+def test_critic_learns_like_the_online_one():
+    """The same batch, the same seed: one update of brc_sac_continuous.py gives the same critic and target."""
+    args, _, batch, before, after, metrics = one_update()
+    same = {name: getattr(args, name) for name in ("critic_width", "critic_depth", "actor_width", "batch_size")}
+    agent = online.make_agent(online.Args(**same, utd=1), 2, 3, 2, [2, 1])
+    state = agent.init(0)
+    jax.tree.map(np.testing.assert_array_equal, (before.actor, before.critic), (state.actor, state.critic))
+    state, other = agent.update(state, jax.tree.map(lambda x: x[None], batch), np.array([5.0, 2.0], np.float32))
+    for name in ("losses/critic", "q/target_mean", "rewards/normalized_mean"):
+        assert metrics[name] == pytest.approx(float(other[name]), rel=1e-5)
+    mine, theirs = (after.critic, after.target_critic), (state.critic, state.target_critic)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mine, theirs)
+
+
+# -------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def mixed_data(tmp_path_factory) -> Path:
+    """Of two opposite point tasks, half straight to the goal and half at random."""
+    folder = tmp_path_factory.mktemp("mixed") / "data"
+    for seed, task in enumerate(POINTS):
+        write(folder, task, [e for skill in (0.0, 0.6) for e in point_episodes(task, 60, skill, seed)])
+    (folder / "dataset.json").write_text(json.dumps({"env_info": {"task_names": POINTS}}))
+    return folder
+
+
+def curve(run_dir: Path) -> dict[tuple[int, str], float]:
+    rows = [line.split(",") for line in (run_dir / "eval.csv").read_text().splitlines()[1:]]
+    return {(int(row[0]), row[3]): float(row[5]) for row in rows}
+
+
+def test_learns_more_than_the_data_show(mixed_data, tmp_path):
+    size = [
+        "--critic-width",
+        64,
+        "--critic-depth",
+        1,
+        "--actor-width",
+        64,
+        "--batch-size",
+        64,
+        "--discount",
+        0.95,
+        "--bc-loss",
+        "mse",
+    ]
+    length = ["--total-updates", 4000, "--eval-every", 4000, "--bc-coef", 1]
+    train("--dataset", mixed_data, *size, *length, "--run-root", tmp_path, "--run-name", "run")
+    information = json.loads((tmp_path / "run" / "args.json").read_text())
+    returns = curve(tmp_path / "run")
+    for task, mean in information["data_mean_return"].items():
+        assert returns[4000, task] > 1.3 * mean, "no better than the data"
+        assert returns[0, task] < mean, "solved before learning"
+
+
+def test_resume_continues_exactly(mixed_data, tmp_path):
+    """30 updates and 30 after a resume are 60 updates, bit for bit: parameters, optimizers, batches."""
+    common = ["--dataset", mixed_data, *SMALL, "--eval-every", 30, "--run-root", tmp_path]
+    train(*common, "--total-updates", 60, "--run-name", "whole")
+    train(*common, "--total-updates", 30, "--run-name", "parts")
+    train("--resume", tmp_path / "parts", "--total-updates", 60)
+    args = brc.parse_args(["--resume", str(tmp_path / "parts")])
+    blank = brc.make_agent(args, 2, 2, 2, [2, 2]).init(0)
+    states = [brc.load_checkpoint(tmp_path / name, blank, brc.Replay())[0] for name in ("whole", "parts")]
+    for whole, parts in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(whole, parts)
+    assert [step for step, _ in curve(tmp_path / "parts")] == [0, 0, 30, 30, 60, 60]
+
+
+def test_minari_round_trip(tmp_path, monkeypatch):
+    """Made with Minari from real Pendulum steps, read by the script: the same transitions, actions in [-1, 1]."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    import minari
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = minari.DataCollector(gym.make("Pendulum-v1"))
+        env.action_space.seed(0)
+        steps = []
+        for seed in range(3):
+            observation, _ = env.reset(seed=seed)
+            done = False
+            while not done:
+                action = env.action_space.sample()
+                following, reward, terminated, truncated, _ = env.step(action)
+                steps.append((*observation, *(action / 2), reward, *following))
+                observation, done = following, terminated or truncated
+        env.create_dataset(dataset_id="pendulum/random-v0", num_episodes_average_score=1)
+        env.close()
+    train("--dataset", "pendulum/random-v0", "--env-ids", "gym/Pendulum-v1", *SMALL, "--total-updates", 20,
+          "--eval-every", 20, "--run-root", tmp_path, "--run-name", "run")  # fmt: skip
+    data = brc.Dataset(["gym/Pendulum-v1"], [tmp_path / "run/data/gym-Pendulum-v1.npy"], Sizes((3, 1)), None, 0.99)
+    batch = data.sample(np.random.default_rng(0), 5000)
+    found = np.column_stack([batch.observations, batch.actions, batch.rewards, batch.next_observations])
+    expected = np.array(steps, np.float32)
+    assert len(data.starts[0]) == len(expected) == 600
+    unique = np.unique(found.round(5), axis=0)
+    np.testing.assert_allclose(unique, np.unique(expected.round(5), axis=0), atol=2e-5)
+    assert not batch.terminated.any()
+
+
+def test_convert_tdmpc2(tmp_path):
+    """A file in the layout of TD-MPC2's mt80 chunks: NaN in the first action and reward, zero padding, task numbers."""
+    torch = pytest.importorskip("torch", reason="pip install torch tensordict")
+    tensordict = pytest.importorskip("tensordict", reason="pip install torch tensordict")
+    torch.manual_seed(0)
+    numbers, length = [0, 30, 14, 30], 101  # walker-stand, assembly, finger-turn-easy, assembly
+    obs, action, reward = torch.zeros(4, length, 39), torch.zeros(4, length, 6), torch.randn(4, length)
+    sizes = [(24, 6), (39, 4), (12, 2), (39, 4)]
+    for episode, (s, a) in enumerate(sizes):
+        obs[episode, :, :s], action[episode, :, :a] = torch.randn(length, s), torch.rand(length, a) * 2 - 1
+    action[:, 0], reward[:, 0] = torch.nan, torch.nan
+    task = torch.tensor(numbers)[:, None].expand(4, length)
+    chunk = {"obs": obs, "action": action, "reward": reward, "task": task}
+    torch.save(tensordict.TensorDict(chunk, batch_size=[4, length]), tmp_path / "chunk_0.pt")
+    script = SCRIPT.parent / "benchmark" / "convert_tdmpc2.py"
+    command = [sys.executable, script, "--chunks", tmp_path / "chunk_0.pt", "--out", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    tasks = brc.dataset_tasks(brc.Args(dataset=(str(tmp_path / "out"),)))
+    assert tasks == ["dmc/walker-stand", "dmc/finger-turn-easy", "metaworld/assembly"]
+    paths = [tmp_path / "out" / f"{brc.file_name(name)}.npy" for name in tasks]
+    data = brc.Dataset(tasks, paths, Sizes((24, 6), (12, 2), (39, 4)), None, 0.99)
+    assert [len(starts) for starts in data.starts] == [100, 100, 200]
+    for records, episode in zip(data.records, (0, 2, 1), strict=True):
+        s, a = sizes[episode]
+        for t in (0, 57, 99):  # what step t + 1 says led to it
+            np.testing.assert_array_equal(records[t]["observation"], obs[episode, t, :s])
+            np.testing.assert_array_equal(records[t]["action"], action[episode, t + 1, :a])
+            assert records[t]["reward"] == reward[episode, t + 1] and records[t]["valid"]
+        np.testing.assert_array_equal(records[100]["observation"], obs[episode, 100, :s])
+        assert not records[100]["valid"]
+    (tmp_path / "chunk_1.pt").write_bytes((tmp_path / "chunk_0.pt").read_bytes()[:-2000])
+    command[3] = tmp_path / "chunk_1.pt"
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "is not a chunk" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts anonymous memory on Linux only")
+def test_data_four_times_the_memory_limit(tmp_path):
+    """A sparse file of 16 GB under a limit of 4 GB for everything that is not a mapped file."""
+    limit, dtype = 4 * 2**30, brc.record_type(2000, 1)
+    path = tmp_path / "data" / "gym-Wide.npy"
+    path.parent.mkdir()
+    records = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(4 * limit // dtype.itemsize,))
+    records["valid"][::50] = True
+    records["reward"][::50] = 1.0
+    records.flush()
+    del records
+    assert path.stat().st_size > 3.99 * limit
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))
+sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(Path(__file__).parent)!r}]
+import gymnasium as gym, brc_offline_bc as brc
+brc.main(brc.parse_args("--dataset {path.parent} --env-ids gym/gym_tasks:Wide-v0 --critic-width 32 --batch-size 64 "
+    "--total-updates 50 --eval-every 50 --eval-episodes 1 --run-root {tmp_path} --run-name run".split()))
+"""
+    path.rename(path.with_name("gym-gym_tasks-Wide-v0.npy"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "run" / "eval.csv").read_text().splitlines()) == 3
