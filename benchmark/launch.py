@@ -1,0 +1,353 @@
+"""Runs experiments of the paper, here or on a Slurm cluster.
+
+  python benchmark/launch.py figure4 --scale laptop --dry-run            # commands, how many, estimated hours
+  python benchmark/launch.py figure4 figure5 --scale laptop --jobs 2     # two at a time on this machine
+  python benchmark/launch.py figure4 --scale paper --executor slurm --partition gpu --timeout-min 1440
+
+Finished runs are skipped, stopped ones continue from their checkpoint, failed ones are reported with the last line of
+their log (RUN_DIR/log.txt) and start again when the same command is given again. Runs that several figures share are
+done once. On Slurm every run is one job of an array with a GPU of its own; what is preempted, requeued or out of time
+writes a checkpoint and continues with --resume.
+"""
+
+import csv
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+
+@dataclass
+class Args:
+    experiments: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """names such as figure1 or table5"""
+    scale: Literal["paper", "laptop"] = "laptop"
+    """the paper's tasks, sizes, steps and seeds, or a few easy tasks and narrow critics in the same structure"""
+    executor: Literal["local", "slurm"] = "local"
+    """this machine or a Slurm cluster"""
+    dry_run: bool = False
+    """print the commands, how many they are and estimated hours, and run nothing"""
+    run_root: str = "runs"
+    """directory that holds the run directories; on Slurm one that all nodes see"""
+    data: str = "data"
+    """directory with Figure 12's offline data at the paper's scale, converted to data/mt80"""
+    seeds: int | None = None
+    """only so many first seeds of every run"""
+    jobs: int = 1
+    """local: runs at a time; they share the processor and the GPU"""
+    partition: str | None = None
+    """slurm: partition (default: the cluster's)"""
+    account: str | None = None
+    """slurm: account"""
+    timeout_min: int = 24 * 60
+    """slurm: minutes until a run is requeued and continues"""
+    gpus_per_node: int = 1
+    """slurm: GPUs of a run"""
+    cpus_per_task: int = 16
+    """slurm: cores of a run (the paper's machines had 16)"""
+    mem_gb: int | None = None
+    """slurm: memory of a run (default: the cluster's)"""
+    array_parallelism: int = 64
+    """slurm: runs at a time"""
+    signal_delay_s: int = 120
+    """slurm: seconds between the signal to write a checkpoint and the end"""
+
+
+@dataclass
+class Job:
+    """One run as a process of its own, here or in a Slurm job. Calling it again after any interruption continues it.
+
+    It holds plain values and uses nothing of this repository's modules, as submitit pickles it for another machine.
+    """
+
+    name: str
+    command: list[str]
+    """script and arguments of a fresh start"""
+    length: int
+    """step at which eval.csv ends"""
+    directory: str
+    """run directory"""
+    root: str
+    """the repository"""
+    after: list["Job"]
+    """runs that must be finished first"""
+
+    process = None
+    terminated = False
+    lock = None
+
+    def state(self) -> str:
+        """finished, stopped (has a checkpoint) or new."""
+        directory = Path(self.root, self.directory)
+        if self.finished(directory):
+            return "finished"
+        has_checkpoint = any(path.name.isdigit() for path in (directory / "checkpoints").glob("*"))
+        return "stopped" if has_checkpoint else "new"
+
+    def finished(self, directory: Path) -> bool:
+        """Whether the run reached its end: the last row of eval.csv, or what it writes instead."""
+        if "embedding" in self.command and "--protocol" in self.command:
+            wanted = ["embedding.csv"] + ["heatmap.csv"] * ("--heatmap" in self.command)
+            return all((directory / name).exists() for name in wanted)
+        if self.length == 0:
+            return (directory / "args.json").exists()
+        try:
+            with (directory / "eval.csv").open() as file:
+                return int([row["step"] for row in csv.DictReader(file)][-1]) >= self.length
+        except (OSError, ValueError, IndexError, KeyError, TypeError):
+            return False
+
+    def start(self) -> None:
+        """Starts or continues the run; its output is appended to RUN_DIR/log.txt. BlockingIOError: it runs already."""
+        waiting = [job.name for job in self.after if job.state() != "finished"]
+        if waiting:
+            raise RuntimeError(f"needs {', '.join(waiting)}, which is not finished")
+        directory = Path(self.root, self.directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.lock = (directory / ".lock").open("w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the kernel however this process ends
+        command = [self.command[0], "--resume", self.directory] if self.state() == "stopped" else self.command
+        with (directory / "log.txt").open("a") as log:
+            log.write(f"$ {shlex.join(['python', *command])}\n")
+            log.flush()
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=self.root, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches it once, through stop()
+                pass_fds=[self.lock.fileno()],  # the lock lasts as long as the script, whoever dies first
+                # Slurm signals every process of a job, and submitit's signal would end one that does not know it
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """Asks the run, once, to write a checkpoint and end; a second signal would end it at once."""
+        if self.process and self.process.poll() is None and not self.terminated:
+            self.terminated = True
+            self.process.terminate()
+
+    def outcome(self) -> str:
+        """How the ended process ended: finished, stopped, or failed with its last words."""
+        self.lock.close()
+        if self.process.returncode == 0:
+            return "finished" if self.state() == "finished" else "stopped"
+        lines = Path(self.root, self.directory, "log.txt").read_text(errors="replace").replace("\r", "\n").splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"failed (exit status {self.process.returncode}): {last}"
+
+    def __call__(self) -> str:
+        """Runs to the end inside a Slurm job. Raises RuntimeError for a run that failed."""
+        if self.state() == "finished":
+            return "finished"
+        self.start()
+
+        def terminated(signum, frame):  # Slurm sends it to the script as well
+            self.terminated = True
+
+        signal.signal(signal.SIGTERM, terminated)
+        while self.process.poll() is None:
+            time.sleep(0.5)
+        outcome = self.outcome()
+        print(f"{self.name}: {outcome}", flush=True)
+        if outcome.startswith("failed"):
+            raise RuntimeError(f"{self.name}: {outcome}")
+        return outcome
+
+    def checkpoint(self):
+        """submitit calls this when the job is preempted or out of time: what it returns is requeued."""
+        from submitit.helpers import DelayedSubmission
+
+        self.stop()
+        while self.process and self.process.poll() is None:  # Slurm kills what takes longer than signal_delay_s
+            time.sleep(0.5)
+        return DelayedSubmission(Job(self.name, self.command, self.length, self.directory, self.root, self.after))
+
+
+# --------------------------------------------------------------------------------------------------------- estimate
+
+# Seconds per vector step of the environments alone (README, Speed: 2 cores; 16 cores step about 6 times as many), and
+# what is added to them: the updates' operations over a rate, here that of one CPU core and of an A100 in float32.
+ENV_SECONDS = {"metaworld": 1.4e-4, "dmc": 3e-4, "humanoidbench": 1.2e-3, "shadowhand": 1e-3, "atari": 6e-4}
+OPERATIONS_PER_SECOND = {"laptop": 5e10, "paper": 4e13}
+START_SECONDS = {"laptop": 15, "paper": 120}
+DIMENSIONS = {"metaworld": 43, "dmc": 88, "humanoidbench": 369, "shadowhand": 88}  # |S| + |A|, for estimates
+
+
+def estimated_hours(run, tasks: tuple[str, ...], scale: str) -> float:
+    """Hours of one run, right within a factor of two or three: it is for deciding what to start."""
+    family = tasks[0].partition("/")[0]
+    batch = int(run.flag("--batch-size", "256" if family == "atari" else "1024"))
+    width = int(run.flag("--critic-width", "512" if family == "atari" else "4096"))
+    if family == "atari":
+        c = [int(word) for word in run.argv[run.argv.index("--encoder-channels") + 1 :][:3]] if (
+            "--encoder-channels" in run.argv) else [128, 256, 256]  # fmt: skip
+        sides, inputs = (84, 42, 21), (4, c[0], c[1])
+        encoder = sum(9 * s**2 * i * o + (s / 2) ** 2 * 4 * 9 * o * o for s, i, o in zip(sides, inputs, c, strict=True))
+        products = 5 * encoder  # target, next action, and forward and backward of the loss
+    else:
+        critic = (DIMENSIONS[family] + 32) * width + 2 * 2 * width**2 + 101 * width
+        if "mlp" in run.argv:
+            critic = (DIMENSIONS[family] + 32) * width + width**2
+        actor_width = int(run.flag("--actor-width", "256"))
+        actor = (DIMENSIONS[family] + 32) * actor_width + 2 * actor_width**2
+        products = 12 * critic + 4 * actor
+    update = 2 * 2 * batch * products / OPERATIONS_PER_SECOND[scale] + 2e-3
+    environments = len(tasks) * ENV_SECONDS[family]
+    return (START_SECONDS[scale] + run.length * max(update, environments)) / 3600
+
+
+def tasks_of(run, scale) -> tuple[str, ...]:
+    """Tasks of a run, as its command line names them."""
+    if "--suite" in run.argv:
+        return scale.suites[run.flag("--suite")].tasks
+    if "--env-ids" in run.argv:
+        words = run.argv[run.argv.index("--env-ids") + 1 :]
+        return words[: next((i for i, word in enumerate(words) if word.startswith("--")), len(words))]
+    return scale.suites["mw-dmc"].tasks  # offline: of the data
+
+
+# -------------------------------------------------------------------------------------------------------- executors
+
+
+def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
+    """Runs jobs in their order, so many at a time; returns name -> outcome. A signal stops them with checkpoints."""
+    waiting, running, outcomes, stopping = list(jobs), [], {}, []
+
+    def stop(signum, frame):
+        stopping.append(signum)
+        for job in running:
+            job.stop()
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    started_at = time.time()
+    while running or (waiting and not stopping):
+        while waiting and len(running) < at_a_time and not stopping:
+            unfinished = [job.name for job in running]  # a run that another one reads may still be running
+            ready = [job for job in waiting if not any(other.name in unfinished for other in job.after)]
+            if not ready:
+                break
+            waiting.remove(job := ready[0])
+            try:
+                job.start()
+            except BlockingIOError:
+                outcomes[job.name] = "skipped: another launcher runs it"
+            except RuntimeError as error:
+                outcomes[job.name] = f"failed: {error}"
+            else:
+                running.append(job)
+                continue
+            print(f"{job.name}: {outcomes[job.name]}", flush=True)
+        time.sleep(0.2)
+        for job in [job for job in running if job.process.poll() is not None]:
+            running.remove(job)
+            outcomes[job.name] = job.outcome()
+            minutes = (time.time() - started_at) / 60
+            print(f"[{len(outcomes)}/{len(jobs)}, {minutes:.1f} min] {job.name}: {outcomes[job.name]}", flush=True)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    return outcomes | {job.name: "not started" for job in waiting}
+
+
+def run_slurm(jobs: list[Job], args: Args) -> list:
+    """Submits job arrays: first what needs nothing, then what reads it. Returns submitit's jobs."""
+    import submitit
+
+    try:
+        executor = submitit.SlurmExecutor(Path(args.run_root).absolute() / "slurm", max_num_timeout=100)
+    except RuntimeError:
+        sys.exit(fail("--executor slurm: no srun here; give this command where the cluster's jobs are submitted"))
+    parameters = {
+        "job_name": "brc", "time": args.timeout_min, "cpus_per_task": args.cpus_per_task, "partition": args.partition,
+        "account": args.account, "mem": f"{args.mem_gb}GB" if args.mem_gb else None,
+        "gpus_per_node": args.gpus_per_node or None, "array_parallelism": args.array_parallelism,
+        "signal_delay_s": args.signal_delay_s, "additional_parameters": {"requeue": True, "open-mode": "append"},
+    }  # fmt: skip
+    submitted, previous, remaining = [], None, list(jobs)
+    while remaining:
+        names = {job.name for job in remaining}
+        wave = [job for job in remaining if not any(other.name in names for other in job.after)]
+        remaining = [job for job in remaining if job not in wave]
+        extra = dict(parameters["additional_parameters"])
+        if previous:  # not afterok: a failed run must not hold back what does not read it
+            extra["dependency"] = f"afterany:{previous}"
+        executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None}
+                                   | {"additional_parameters": extra})  # fmt: skip
+        with executor.batch():
+            array = [executor.submit(job) for job in wave]
+        previous = array[0].job_id.partition("_")[0]
+        submitted += array
+        print(f"submitted job {previous} with {len(array)} run{'s' * (len(array) > 1)}")
+    return submitted
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(args: Args) -> int:
+    from experiments import EXPERIMENTS, SCALES, unique_runs
+
+    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
+    if unknown or not args.experiments:
+        what = f"unknown experiment '{unknown[0]}'" if unknown else "no experiment"
+        return fail(f"{what}; experiments: {', '.join(EXPERIMENTS)}")
+    if args.jobs < 1 or (args.seeds is not None and args.seeds < 1):
+        return fail("--jobs and --seeds: must be at least 1")
+    scale = SCALES[args.scale]
+    runs = unique_runs(list(args.experiments), scale)
+    runs = [run for run in runs if args.seeds is None or run.seed <= args.seeds]
+    jobs = {}
+    for run in runs:
+        after = [jobs[name] for name in run.after if name in jobs]
+        command = run.command(args.run_root, args.data)
+        jobs[run.name] = Job(run.name, command, run.length, f"{args.run_root}/{run.name}", str(ROOT), after)
+    open_runs = [run for run in runs if jobs[run.name].state() != "finished"]
+    for name in args.experiments:
+        note = EXPERIMENTS[name].note
+        print(f"# {name} at {scale.name} scale: {EXPERIMENTS[name].title}{f' ({note})' if note else ''}")
+    if args.dry_run:
+        for run in runs:
+            job = jobs[run.name]
+            state = job.state()
+            command = run.command(args.run_root, args.data, resume=state == "stopped")
+            print("# finished: " * (state == "finished") + shlex.join(["python", *command]))
+    hours = sum(estimated_hours(run, tasks_of(run, scale), scale.name) for run in open_runs)
+    where = {"laptop": "core-hours", "paper": "GPU-hours"}[scale.name]
+    print(f"# {len(runs)} runs, {len(runs) - len(open_runs)} finished; about {hours:,.1f} {where} to do", flush=True)
+    if args.dry_run or not open_runs:
+        return 0
+    # Runs of equal shapes compile once.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((ROOT / args.run_root / ".jax_cache").absolute()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    todo = [jobs[run.name] for run in open_runs]
+    if args.executor == "slurm":
+        run_slurm(todo, args)
+        print(f"state: squeue --me; logs: {args.run_root}/RUN/log.txt; give the same command again for what failed")
+        return 0
+    outcomes = run_local(todo, args.jobs)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.startswith("failed")}
+    counts = {word: sum(outcome.startswith(word) for outcome in outcomes.values()) for word in
+              ("finished", "stopped", "not started", "skipped", "failed")}  # fmt: skip
+    print(", ".join(f"{count} {word}" for word, count in counts.items() if count))
+    for name, outcome in failed.items():
+        print(f"{name}: {outcome}\n  log: {args.run_root}/{name}/log.txt", file=sys.stderr)
+    if failed or counts["stopped"] or counts["not started"]:
+        print("give the same command again to continue", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__)))
