@@ -41,6 +41,8 @@ class Run:
     """place on the x axis of a scaling curve: critic width, or number of tasks"""
     after: tuple[str, ...] = ()
     """names of runs whose directories this one reads"""
+    width: int | None = None
+    """critic width where the command line does not name it"""
 
     @property
     def name(self) -> str:
@@ -130,20 +132,19 @@ PAPER = Scale(
 )  # fmt: skip
 
 LAPTOP_STEPS = 8_000
-LAPTOP_TASKS = {  # what stands for the paper's suites: tasks of envpool that a small agent learns in minutes
-    "metaworld": ["metaworld/reach", "metaworld/door-close", "metaworld/drawer-close"],
-    "metaworld-transfer": ["metaworld/handle-press"],
-    "hb-medium-3": ["metaworld/reach", "metaworld/door-close"],
-    "hb-medium-9": ["metaworld/reach", "metaworld/door-close", "metaworld/drawer-close", "metaworld/handle-press"],
-    "dmc-dogs": ["dmc/walker-stand", "dmc/walker-walk"], "dmc-humanoids": ["dmc/cartpole-balance", "dmc/reacher-easy"],
+CARTPOLE = ["dmc/cartpole-balance", "dmc/cartpole-swingup"]  # one body, and learned in part within the steps
+DRAWER = ["metaworld/drawer-close", "metaworld/handle-press"]
+LAPTOP_TASKS = {  # what stands for the paper's suites
+    **dict.fromkeys(("hb-medium", "hb-hard", "hb-medium-3"), CARTPOLE),
+    **dict.fromkeys(("hb-medium-pretrain", "hb-medium-6"), [*CARTPOLE, "dmc/cartpole-balance-sparse"]),
+    "hb-medium-9": [*CARTPOLE, "dmc/cartpole-balance-sparse", "dmc/pendulum-swingup"],
+    **dict.fromkeys(("hb-medium-transfer", "hb-hard-transfer"), ["dmc/cartpole-swingup-sparse"]),
+    "metaworld": DRAWER, "metaworld-pretrain": DRAWER, "metaworld-transfer": ["metaworld/door-close"],
+    "dmc-dogs": ["dmc/walker-stand", "dmc/walker-walk"], "dmc-humanoids": ["dmc/hopper-stand", "dmc/hopper-hop"],
     "shadowhand": ["shadowhand/block", "shadowhand/egg"], "shadowhand-transfer": ["shadowhand/pen"],
-    "mw-dmc": ["metaworld/reach", "metaworld/door-close", "metaworld/drawer-close", "metaworld/handle-press",
-               "dmc/walker-stand", "dmc/walker-walk", "dmc/cartpole-balance", "dmc/cartpole-swingup"],
+    "mw-dmc": [*DRAWER, "metaworld/reach", "metaworld/door-close", *CARTPOLE, "dmc/walker-stand", "dmc/walker-walk"],
     "atari": ["atari/pong", "atari/boxing"],
 }  # fmt: skip
-LAPTOP_TASKS |= {suite: LAPTOP_TASKS["metaworld"] for suite in
-                 ("hb-medium", "hb-hard", "hb-medium-6", "metaworld-pretrain", "hb-medium-pretrain")}  # fmt: skip
-LAPTOP_TASKS |= {suite: LAPTOP_TASKS["metaworld-transfer"] for suite in ("hb-medium-transfer", "hb-hard-transfer")}
 
 
 def laptop_suite(name: str, tasks: list[str]) -> Suite:
@@ -152,17 +153,17 @@ def laptop_suite(name: str, tasks: list[str]) -> Suite:
 
 LAPTOP = Scale(
     name="laptop", suites={name: laptop_suite(name, tasks) for name, tasks in LAPTOP_TASKS.items()},
-    benchmarks={"MetaWorld": ("metaworld",)}, transfers={"MetaWorld": ("metaworld-pretrain", "metaworld-transfer")},
+    benchmarks={"cartpole": ("hb-medium",)}, transfers={"cartpole": ("hb-medium-pretrain", "hb-medium-transfer")},
     widths=(32, 128), width=128, narrow=32, sac_width=128,
     seeds=2, transfer_seeds=2, offline_seeds=2, offline_updates=8_000, data_transfer_steps=LAPTOP_STEPS,
     flags={
-        SAC: words("--batch-size", 128, "--learning-starts", 1000, "--initial-temperature", 0.01, "--eval-every", 1000,
-                   "--eval-episodes", 10),
+        SAC: words("--actor-width", 128, "--batch-size", 64, "--learning-starts", 1000, "--initial-temperature", 0.01,
+                   "--eval-every", 2000),
         DRQ: words("--batch-size", 32, "--encoder-channels", 8, 16, 16, "--critic-width", 128, "--eval-every", 1000,
                    "--eval-episodes", 2, "--learning-starts", 500),
-        OFFLINE: words("--batch-size", 128, "--eval-every", 2000, "--initial-temperature", 0.01),
-        TRANSFER: words("--batch-size", 128, "--learning-starts", 1000, "--initial-temperature", 0.01,
-                        "--eval-every", 1000, "--eval-episodes", 10),
+        OFFLINE: words("--actor-width", 128, "--batch-size", 64, "--initial-temperature", 0.01, "--eval-every", 2000),
+        TRANSFER: words("--batch-size", 64, "--learning-starts", 1000, "--initial-temperature", 0.01,
+                        "--eval-every", 2000),
     },
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (PAPER, LAPTOP)}
@@ -240,7 +241,8 @@ def transfer(
             argv += scale.flags.get(TRANSFER, ())
             where = targets[0].partition("/")[2] if len(targets) == 1 else f"{len(targets)}-targets"
             tag = f"{scale.name}-{where}-{protocol}-transfer"
-            runs.append(Run(panel, label, TRANSFER, argv, pretrained.seed, tag, x, (pretrained.name,)))
+            width = int(pretrained.flag("--critic-width"))
+            runs.append(Run(panel, label, TRANSFER, argv, pretrained.seed, tag, x, (pretrained.name,), width))
     return runs
 
 

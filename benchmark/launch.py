@@ -186,7 +186,7 @@ def estimated_hours(run, tasks: tuple[str, ...], scale: str) -> float:
     """Hours of one run, right within a factor of two or three: it is for deciding what to start."""
     family = tasks[0].partition("/")[0]
     batch = int(run.flag("--batch-size", "256" if family == "atari" else "1024"))
-    width = int(run.flag("--critic-width", "512" if family == "atari" else "4096"))
+    width = run.width or int(run.flag("--critic-width", "512"))
     if family == "atari":
         c = [int(word) for word in run.argv[run.argv.index("--encoder-channels") + 1 :][:3]] if (
             "--encoder-channels" in run.argv) else [128, 256, 256]  # fmt: skip
