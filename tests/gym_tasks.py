@@ -186,5 +186,8 @@ REGISTERED = {
         },
     ),
 }
+for degrees in (*range(0, 360, 45), *range(22, 360, 90)):  # eight goals on a circle, and four between them
+    goal = (0.7 * np.cos(np.deg2rad(degrees)), 0.7 * np.sin(np.deg2rad(degrees)))
+    REGISTERED[f"PointAt{degrees}"] = (Point, {"goal": goal})
 for name, (entry_point, kwargs) in REGISTERED.items():
     gym.register(f"{name}-v0", entry_point, kwargs=kwargs, disable_env_checker=True)
