@@ -15,7 +15,7 @@
   normalization    G_i <- max(max_t |G_i(s_t)|, G_i) over the returns of every finished game            (Eq. 2)
                    r_i <- r_i V_max / G_i   (Eq. 3; no entropy, so lambda_i = 0)
   n-step return    R = sum over k < n of gamma^k r_{t+k}, n = 3, cut at a lost life or the end          (Table 4)
-  greedy action    a* = argmax_a E[z ~ p_theta(s_{t+n}, a)], by the online network (double Q-learning)  (C.1)
+  greedy action    a* = argmax_a E[z ~ p_theta(s_{t+n}, a)], by the online network (double Q, DrQ(eps)) (C.1)
   critic target    y = projection onto z of  R + gamma^n (1 - terminated) z,  z ~ p_target(s_{t+n}, a*) (C.2)
   critic loss      cross-entropy of p_theta(s_t, a_t) with y                                            (Section 3)
   task embedding   e_i / |e_i|_1, appended to the encoder's output: the encoder is task-agnostic        (C.4)
@@ -35,6 +35,7 @@ taken over: its dueling heads, as the paper names a dense critic.
 """
 
 import atexit
+import contextlib
 import csv
 import errno
 import io
@@ -94,7 +95,8 @@ class Args:
     run_root: str = "runs"
     """directory that holds the run directories"""
     resume: str | None = None
-    """run directory to continue from its newest good checkpoint; other flags override the saved ones"""
+    """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
+    checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """envpool steps atari/ fastest; gymnasium (ale-py) is the reference and runs gym/ too"""
     total_timesteps: int | None = None
@@ -356,8 +358,9 @@ class GymnasiumTask:
     def __init__(self, task: str, seed: int):
         heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
-        self.task, self.seed = task, seed
-        self.envs = gym.vector.AsyncVectorEnv([partial(make_worker_env, task, seed)], context="forkserver")
+        self.task, self.seed, self.envs = task, seed, None
+        make = partial(make_worker_env, task, seed)
+        self.envs = self.call(gym.vector.AsyncVectorEnv, [make], context="forkserver")
         self.observation_dim = self.envs.single_observation_space.shape[0]
         self.action_dim = gym.spaces.flatdim(self.envs.single_action_space)
         atexit.register(self.close)
@@ -367,7 +370,9 @@ class GymnasiumTask:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Gymnasium shows the worker's traceback as a warning
                 return function(*args, **kwargs)
-        except (EOFError, OSError) as error:
+        except UserError:
+            raise
+        except (EOFError, ConnectionError) as error:
             self.close()
             raise UserError(f"the worker process of {self.task} died, perhaps for lack of memory") from error
         except Exception as error:  # whatever the environment itself raised in its process
@@ -385,6 +390,8 @@ class GymnasiumTask:
         return self.call(self.envs.step_wait)
 
     def close(self) -> None:
+        if self.envs is None:  # it died while it started
+            return
         for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
             process.kill()  # without asking is_alive(): it says no once a signal has ended the fork server
         self.envs.closed = True
@@ -402,6 +409,7 @@ class ParallelEnvs:
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
         seeds = np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
+        self.tasks = tasks
         self.pools = [self.make_pool(t, num_envs, int(s), backend) for t, s in zip(tasks, seeds, strict=True)]
         self.task_ids = np.repeat(np.arange(len(tasks)), [pool.num_envs for pool in self.pools])
         starts = np.cumsum([0] + [pool.num_envs for pool in self.pools])
@@ -801,8 +809,8 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
         q = (target * atoms).sum(-1)
         metrics = {
             "losses/critic": value, "gradient_norms/critic": optax.tree.norm(gradient), "q/target_mean": q.mean(),
-            "q/target_min": q.min(), "q/target_max": q.max(), "rewards/normalized_mean": returns.mean(),
-            "rewards/normalized_max_abs": jnp.abs(returns).max(),
+            "q/target_min": q.min(), "q/target_max": q.max(), "returns/normalized_mean": returns.mean(),
+            "returns/normalized_max_abs": jnp.abs(returns).max(),
         }  # fmt: skip
         return AgentState(critic, critic_optimizer, target_critic, key), metrics
 
@@ -851,6 +859,15 @@ def parameter_count(tree) -> int:
 EVAL_EPSILON = 0.001  # as in DrQ(eps)
 
 
+EVAL_ENVS = 260  # at most, for several games: 26 games with ten copies each
+
+
+# Copied from brc_sac_continuous.py
+def eval_copies(num_tasks: int, episodes: int) -> int:
+    """Copies of each task that evaluation steps at once: a divisor of `episodes`, so that none is played in vain."""
+    return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
+
+
 def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list, seed: int = 0):
     """Returns and successes (NaN) of whole games, a list of [episodes] per task; None if `stop` fills meanwhile.
 
@@ -859,7 +876,7 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
     returns = [[] for _ in range(envs.size)]
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
     episode_return, done, key = np.zeros(envs.size), np.zeros(envs.size, bool), jax.random.PRNGKey(seed)
-    stack = FrameStack(envs.reset())
+    length, stack = np.zeros(envs.size, int), FrameStack(envs.reset())
     for time_step in itertools.count():
         if all(len(returns[row]) >= quota[row] for row in range(envs.size)):
             break
@@ -870,6 +887,10 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
         frames, rewards, terminated, truncated, life_lost = envs.recv()
         stack.push(frames, life_lost | done)
         episode_return += np.where(done, 0, rewards)  # the step after done was a reset
+        length = np.where(done, 0, length + 1)
+        if length.max() > 2 * MAX_GAME_STEPS:  # only a gym/ task registered without max_episode_steps
+            task = envs.tasks[envs.task_ids[length.argmax()]]
+            raise UserError(f"an episode of {task} had no end within {length.max():,} steps: give it a time limit")
         done = ~done & (terminated | truncated)
         for row in np.flatnonzero(done):
             if len(returns[row]) < quota[row]:
@@ -879,8 +900,8 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
     return returns, [np.full(len(games), np.nan) for games in returns]
 
 
-def record_video(agent: Agent, state: AgentState, task: str, task_id: int, path: Path):
-    """One evaluation game as mp4, a frame per step."""
+def record_video(agent: Agent, state: AgentState, task: str, task_id: int, path: Path, stop: list):
+    """One evaluation game as mp4, a frame per step, up to where `stop` fills."""
     import imageio
 
     env = make_env(task, render_mode="rgb_array")
@@ -891,7 +912,7 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, path:
         warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
         for time_step in itertools.count():
             video.append_data(env.render())
-            if done:
+            if done or stop:
                 break
             action = agent.act(state.critic, key, time_step, stack.frames, np.array([task_id]), EVAL_EPSILON)
             frame, _, terminated, truncated, info = env.step(int(action[0]))
@@ -973,28 +994,30 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
 
 # Copied from brc_sac_continuous.py
 class Logger:
-    """eval.csv, TensorBoard and, with --track, Weights & Biases. Rows later than `step` of a resume are dropped."""
+    """eval.csv, TensorBoard and, with --track, Weights & Biases. What came after a resume's checkpoint is dropped."""
 
-    def __init__(self, args: Args, run_dir: Path, step: int):
+    def __init__(self, args: Args, run_dir: Path, step: int, last_evaluation: int):
         self.csv = run_dir / "eval.csv"
         rows = []
         if self.csv.exists():
             whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
-            rows = [row for row in whole_rows if int(row["step"]) <= step]
+            rows = [row for row in whole_rows if int(row["step"]) <= last_evaluation]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, EVAL_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         replace_file(self.csv, text.getvalue())
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step if step > 0 else None)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         self.wandb = None
         if args.track:
-            import wandb
+            about = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name, "config": asdict(args)}
+            try:
+                import wandb
 
-            name = run_dir.name
-            self.wandb = wandb.init(
-                project=args.wandb_project, name=name, id=name, resume="allow", dir=str(run_dir), config=asdict(args)
-            )
+                self.wandb = wandb.init(resume="allow", dir=str(run_dir), **about)
+            except Exception as error:  # not installed, not logged in, no network
+                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
+                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -1030,33 +1053,42 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     """
     root = run_dir / "checkpoints"
     path, partial_path = root / str(step), root / f".partial-{step}"
-    shutil.rmtree(partial_path, ignore_errors=True)
+    for unfinished in root.glob(".partial-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > shutil.disk_usage(run_dir).free:
         raise OSError(errno.ENOSPC, "No space left on device")  # before Orbax's threads meet it
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
-    first, previous = 0, None
+    first, files = 0, {}
     if found := [s for s in checkpoint_steps(run_dir) if s < step]:
         previous = root / str(found[0])
-        for piece in sorted((previous / "replay").iterdir()):
-            begin, end = map(int, piece.stem.split("-"))
+        try:
+            known = read_counters(previous)["files"]
+        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        for name in sorted(name for name in known if name.startswith("replay/")):
+            end = int(Path(name).stem.split("-")[1])
             first = max(first, end)
             if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
+                files[name] = known[name]  # its checksum when it was written: a new one would hide damage
                 try:
-                    os.link(piece, partial_path / "replay" / piece.name)
+                    os.link(previous / name, partial_path / name)
                 except OSError:  # a file system without hard links
-                    shutil.copy2(piece, partial_path / "replay" / piece.name)
+                    shutil.copy2(previous / name, partial_path / name)
     first = max(first, replay.inserted - replay.slots + 1)
     slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    with (partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+    with (partial_path / f"replay/{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
         header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
         for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
             records = replay.records(task, slots)
             if task == 0:
                 np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
             piece.write(records)
-    files = {str(f.relative_to(partial_path)): checksum(f) for f in sorted(partial_path.rglob("*")) if f.is_file()}
+    for file in sorted(partial_path.rglob("*")):
+        name = str(file.relative_to(partial_path))
+        if file.is_file() and name not in files:
+            files[name] = checksum(file)
     contents = {**counters, "replay_inserted": replay.inserted, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
@@ -1073,15 +1105,22 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 # Copied from brc_sac_continuous.py
+def read_counters(path: Path) -> dict:
+    """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
+    counters = json.loads((path / "checkpoint.json").read_text())
+    if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+        raise ValueError("checkpoint.json does not match its checksum")
+    return counters
+
+
+# Copied from brc_sac_continuous.py
 def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
         path = run_dir / "checkpoints" / str(step)
         try:
-            counters = json.loads((path / "checkpoint.json").read_text())
-            if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
-                raise ValueError("checkpoint.json does not match its checksum")
+            counters = read_counters(path)
             damaged = [name for name, crc in counters["files"].items() if checksum(path / name) != crc]
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
@@ -1096,7 +1135,8 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
                     replay.load_records(task, slots, records[task])
             replay.inserted = counters["replay_inserted"]
             for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
-                damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
+                with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
+                    damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
@@ -1162,11 +1202,11 @@ def main(args: Args) -> None:
     stop: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
         signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    logger = Logger(args, run_dir, step if args.resume else -1)
-    eval_envs = ParallelEnvs(tasks, args.eval_episodes, int(eval_seed), args.env_backend)
+    logger = Logger(args, run_dir, step, last_evaluation)
+    eval_envs = ParallelEnvs(tasks, eval_copies(num_tasks, args.eval_episodes), int(eval_seed), args.env_backend)
     task_ids = np.arange(num_tasks)
     act_key = jax.random.PRNGKey(args.seed + 1)
-    started, last_checkpoint, last_log = time.time() - wall_time, step, (time.time(), step)
+    started, saved, last_log = time.time() - wall_time, (step, last_evaluation), (time.time(), step)
     episode_return, train_returns, rows, metrics = np.zeros(num_tasks), {}, [], None
     done = np.zeros(num_tasks, bool)
     frames = envs.reset()
@@ -1185,17 +1225,18 @@ def main(args: Args) -> None:
                     values = {f"eval/return/{row['task']}": row["return"] for row in rows}
                     progress.set_postfix({"return": f"{np.mean(list(values.values())):.1f}"}, refresh=False)
                     if scores := {f"eval/score/{row['task']}": row["score"] for row in rows if row["score"] != ""}:
-                        progress.set_postfix(aggregate(list(scores.values())), refresh=False)
                         totals = aggregate(list(scores.values()))
+                        progress.set_postfix(totals, refresh=False)
                         values |= {**scores, **{f"eval/{name}_score": score for name, score in totals.items()}}
                     logger.scalars(values, step)
-                    for task_id, task in enumerate(tasks if args.capture_video else []):
+                    for task_id, task in enumerate(tasks if args.capture_video and not stop else []):
                         path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
                         try:
-                            record_video(agent, state, task, task_id, path)
+                            record_video(agent, state, task, task_id, path, stop)
                         except Exception as error:  # a package for drawing may be missing
                             progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
-            if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == total_timesteps or stop):
+            due = step % args.checkpoint_every == 0 or step == total_timesteps or stop
+            if due and step > 0 and (step, last_evaluation) != saved:
                 check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
                 counters = {
                     "step": step, "updates": updates, "wall_time": time.time() - started,
@@ -1212,7 +1253,7 @@ def main(args: Args) -> None:
                         f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
                         f"then continue with --resume {run_dir}"
                     ) from error
-                last_checkpoint = step
+                saved = step, last_evaluation
             if step == total_timesteps or stop:
                 break
 
@@ -1316,7 +1357,7 @@ if __name__ == "__main__":
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-            message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
+            message = "out of memory: lower --encoder-channels, --batch-size, --buffer-size or --eval-episodes"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         print(f"error: {message}", file=sys.stderr)

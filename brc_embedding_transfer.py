@@ -38,6 +38,7 @@ pretrained agent: they are padded as in pretraining.
 """
 
 import atexit
+import contextlib
 import csv
 import errno
 import importlib.util
@@ -105,7 +106,8 @@ class Args:
     run_root: str = "runs"
     """directory that holds the run directories"""
     resume: str | None = None
-    """run directory to continue from its newest good checkpoint; other flags override the saved ones"""
+    """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
+    checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """envpool steps dmc/ and metaworld/ tasks fastest; gymnasium is the reference and runs every family"""
     total_timesteps: int = 500_000
@@ -195,6 +197,10 @@ def check_args(args: Args) -> None:
     if args.heatmap and args.protocol != "embedding":
         raise UserError(f"--heatmap goes with --protocol embedding, not {args.protocol}")
     choosing = args.adaptation_transitions if args.protocol == "model" and args.embedding_init == "best" else 0
+    if args.track and args.protocol == "embedding":
+        raise UserError("--track goes with --protocol model, data or scratch, not embedding")
+    if 0 < args.total_timesteps < choosing:
+        raise UserError(f"--total-timesteps {args.total_timesteps}: fewer than --adaptation-transitions {choosing}")
     if args.learning_starts < choosing:
         raise UserError(
             f"--learning-starts {args.learning_starts}: --embedding-init best takes --adaptation-transitions "
@@ -523,8 +529,9 @@ class GymnasiumTask:
     def __init__(self, task: str, seed: int):
         heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
-        self.task, self.seed = task, seed
-        self.envs = gym.vector.AsyncVectorEnv([partial(make_worker_env, task, seed)], context="forkserver")
+        self.task, self.seed, self.envs = task, seed, None
+        make = partial(make_worker_env, task, seed)
+        self.envs = self.call(gym.vector.AsyncVectorEnv, [make], context="forkserver")
         self.observation_dim = self.envs.single_observation_space.shape[0]
         self.action_dim = gym.spaces.flatdim(self.envs.single_action_space)
         atexit.register(self.close)
@@ -534,7 +541,9 @@ class GymnasiumTask:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Gymnasium shows the worker's traceback as a warning
                 return function(*args, **kwargs)
-        except (EOFError, OSError) as error:
+        except UserError:
+            raise
+        except (EOFError, ConnectionError) as error:
             self.close()
             raise UserError(f"the worker process of {self.task} died, perhaps for lack of memory") from error
         except Exception as error:  # whatever the environment itself raised in its process
@@ -552,6 +561,8 @@ class GymnasiumTask:
         return self.call(self.envs.step_wait)
 
     def close(self) -> None:
+        if self.envs is None:  # it died while it started
+            return
         for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
             process.kill()  # without asking is_alive(): it says no once a signal has ended the fork server
         self.envs.closed = True
@@ -568,7 +579,7 @@ class ParallelEnvs:
     """
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
-        seeds = np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
+        self.tasks, seeds = tasks, np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
         self.pools = [self.make_pool(t, num_envs, int(s), backend) for t, s in zip(tasks, seeds, strict=True)]
         self.task_ids = np.repeat(np.arange(len(tasks)), [pool.num_envs for pool in self.pools])
         starts = np.cumsum([0] + [pool.num_envs for pool in self.pools])
@@ -1157,8 +1168,12 @@ def load_pretrained(args: Args) -> Pretrained:
         saved = json.loads((run_dir / "args.json").read_text())
         script, info = saved["script"], saved["env_info"]
         sizes = SimpleNamespace(**{**saved, **info})
+        args.discount = sizes.discount if args.discount is None else args.discount
         num_tasks, unfit = len(sizes.task_names), [k for k, v in needed.items() if saved[k] != v]
         capacity = min(sizes.buffer_size, max(sizes.total_timesteps, 1) + 1000) if args.protocol == "data" else 9
+        replay = Replay(num_tasks, capacity, sizes.observation_dim, sizes.action_dim)
+        # a template of the checkpoint: as many embeddings as there are tasks, whichever sizes they have
+        blank = make_agent(args, sizes, num_tasks, True, sizes.action_dims[0]).init(0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--pretrained {run_dir}: no run of brc_sac_continuous.py there ({error})") from error
     if script != "brc_sac_continuous":
@@ -1168,10 +1183,6 @@ def load_pretrained(args: Args) -> Pretrained:
     if unfit:
         has = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in unfit)
         raise UserError(f"--pretrained {run_dir}: that run has {has}; transfer needs the paper's critic and embeddings")
-    args.discount = sizes.discount if args.discount is None else args.discount
-    replay = Replay(num_tasks, capacity, sizes.observation_dim, sizes.action_dim)
-    # a template of the checkpoint: as many embeddings as there are tasks, whichever sizes they have
-    blank = make_agent(args, sizes, num_tasks, True, sizes.action_dims[0]).init(0)
     if not checkpoint_steps(run_dir):
         raise UserError(f"--pretrained {run_dir}: that run has no checkpoint yet")
     try:
@@ -1207,15 +1218,15 @@ def candidates(pretrained: Pretrained) -> list[tuple[AgentState, np.ndarray]]:
 
 def start_from_pretrained(args: Args, pretrained: Pretrained, fresh: AgentState, embedding: np.ndarray) -> AgentState:
     """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding and, with
-    --load-optimizer, the optimizers' moments; those of the embedding start at zero."""
+    --load-optimizer, the optimizers' moments; the new embedding's are the mean of the pretrained ones'."""
     old, table = pretrained.state, embedding_table(embedding)
     state = with_embedding(fresh._replace(actor=old.actor, critic=old.critic, target_critic=old.target_critic), table)
     if args.initial_temperature is None:
         state = state._replace(log_temperature=old.log_temperature)
     if args.load_optimizer:
-        zeros = jax.tree.map(jnp.zeros_like, table)
         adam, *rest = old.critic_optimizer
-        adam = adam._replace(mu={**adam.mu, "embedding": zeros}, nu={**adam.nu, "embedding": zeros})
+        mean = lambda moments: jax.tree.map(lambda rows: rows.mean(0, keepdims=True), moments["embedding"])  # noqa: E731
+        adam = adam._replace(mu={**adam.mu, "embedding": mean(adam.mu)}, nu={**adam.nu, "embedding": mean(adam.nu)})
         state = state._replace(
             actor_optimizer=old.actor_optimizer, critic_optimizer=(adam, *rest),
             temperature_optimizer=old.temperature_optimizer,
@@ -1264,6 +1275,8 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs: P
             observations, rewards, terminated, truncated, _ = envs.recv()
             valid, done = ~done, ~done & (terminated | truncated)
             replay.insert(actions, rewards, terminated, valid, observations)
+            if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
+                raise UserError(f"not finite: an observation or reward of {envs.tasks[0]}")
             rewards_seen += [float(rewards[0])] * int(valid[0])
         mean_rewards[index] = float(np.mean(rewards_seen))
     batch = all_transitions(replay)
@@ -1302,6 +1315,8 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, targets: list[str], run
             with (run_dir / name).open(newline="") as file:
                 rows += csv.DictReader(file)
     finished = {row["target"] for row in tables["embedding.csv"]}
+    tables["heatmap.csv"] = [row for row in tables["heatmap.csv"] if row["target"] in finished]
+    tables["eval.csv"] = [row for row in tables["eval.csv"] if row["task"] in finished]
     started, logger = time.time(), SummaryWriter(str(run_dir))
     for number, target in enumerate(targets):
         if target in finished:
@@ -1339,9 +1354,6 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, targets: list[str], run
             if method == "tuned":
                 tables["eval.csv"].append(row)
             logger.add_scalar(f"eval/{method}/{target}", row["return"], used)
-        if args.capture_video:
-            path = run_dir / "videos" / f"{file_name(target)}.mp4"
-            record_video(agent, tuned, target, 0, pretrained.observation_dim, path)
         eval_envs.close()
         (run_dir / "embeddings").mkdir(exist_ok=True)
         table = tuned.critic["embedding"]["params"]["embedding"]
@@ -1354,6 +1366,12 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, targets: list[str], run
                 writer.writeheader()
                 writer.writerows(tables[name])
                 replace_file(run_dir / name, text.getvalue())
+        if args.capture_video:
+            path = run_dir / "videos" / f"{file_name(target)}.mp4"
+            try:
+                record_video(agent, tuned, target, 0, pretrained.observation_dim, path, stop)
+            except Exception as error:  # a graphics library or a package for drawing may be missing
+                print(f"warning: no video of {target}: {error}", file=sys.stderr)
     logger.close()
     if args.heatmap:
         draw_heatmap(tables["heatmap.csv"], names, targets, run_dir / "heatmap.png")
@@ -1372,7 +1390,8 @@ def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    values = {(row["embedding"], row["target"]): float(row["score"] or row["return"]) for row in rows}
+    values = {(row["embedding"], row["target"]): float(row["score"] if row["score"] != "" else row["return"])
+              for row in rows}  # fmt: skip
     matrix = np.array([[values[source, target] for target in targets] for source in sources])
     figure, axes = plt.subplots(figsize=(2.5 + 0.7 * len(targets), 1.5 + 0.35 * len(sources)), layout="constrained")
     image = axes.imshow(matrix, cmap="viridis", aspect="auto")
@@ -1392,6 +1411,7 @@ def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path:
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
+MAX_EPISODE_STEPS = 30_000  # a gym/ task registered without max_episode_steps may never end
 
 
 # Copied from brc_sac_continuous.py
@@ -1409,7 +1429,7 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
     episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    done, observations = np.zeros(envs.size, bool), envs.reset()
+    length, done, observations = np.zeros(envs.size, int), np.zeros(envs.size, bool), envs.reset()
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop:
             return None
@@ -1418,13 +1438,17 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
         observations, rewards, terminated, truncated, success = envs.recv()
         episode_return += np.where(done, 0, rewards)  # the step after done was a reset
         episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
+        length = np.where(done | finished, 0, length + 1)
+        if length.max() > MAX_EPISODE_STEPS:
+            task = envs.tasks[envs.task_ids[length.argmax()]]
+            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
         done = ~done & (terminated | truncated)
         for row in np.flatnonzero(done):
             if len(returns[row]) < quota[row]:
                 returns[row].append(episode_return[row])
                 successes[row].append(episode_success[row])
         episode_return[done] = 0
-    return tuple([np.concatenate(episodes[rows]) for rows, _ in envs.rows] for episodes in (returns, successes))
+    return tuple([np.concatenate(values[rows]) for rows, _ in envs.rows] for values in (returns, successes))
 
 
 # Copied from brc_sac_continuous.py
@@ -1444,8 +1468,8 @@ def frame_renderer(env: gym.Env):
 
 
 # Copied from brc_sac_continuous.py
-def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path):
-    """One deterministic episode as mp4, every second frame."""
+def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path, stop):
+    """One deterministic episode as mp4, every second frame; none if `stop` fills meanwhile."""
     import imageio
 
     env = make_env(task, render_mode="rgb_array")
@@ -1454,7 +1478,7 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
     for time_step in itertools.count():
         if time_step % 2 == 0:
             frames.append(render())
-        if done:
+        if done or stop:
             break
         padded = np.zeros((1, observation_dim), np.float32)
         padded[0, : len(observation)] = observation
@@ -1462,6 +1486,8 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()
+    if stop:
+        return
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
@@ -1541,28 +1567,30 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
 
 # Copied from brc_sac_continuous.py
 class Logger:
-    """eval.csv, TensorBoard and, with --track, Weights & Biases. Rows later than `step` of a resume are dropped."""
+    """eval.csv, TensorBoard and, with --track, Weights & Biases. What came after a resume's checkpoint is dropped."""
 
-    def __init__(self, args: Args, run_dir: Path, step: int):
+    def __init__(self, args: Args, run_dir: Path, step: int, last_evaluation: int):
         self.csv = run_dir / "eval.csv"
         rows = []
         if self.csv.exists():
             whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
-            rows = [row for row in whole_rows if int(row["step"]) <= step]
+            rows = [row for row in whole_rows if int(row["step"]) <= last_evaluation]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, EVAL_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         replace_file(self.csv, text.getvalue())
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step if step > 0 else None)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         self.wandb = None
         if args.track:
-            import wandb
+            about = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name, "config": asdict(args)}
+            try:
+                import wandb
 
-            name = run_dir.name
-            self.wandb = wandb.init(
-                project=args.wandb_project, name=name, id=name, resume="allow", dir=str(run_dir), config=asdict(args)
-            )
+                self.wandb = wandb.init(resume="allow", dir=str(run_dir), **about)
+            except Exception as error:  # not installed, not logged in, no network
+                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
+                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -1598,33 +1626,42 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     """
     root = run_dir / "checkpoints"
     path, partial_path = root / str(step), root / f".partial-{step}"
-    shutil.rmtree(partial_path, ignore_errors=True)
+    for unfinished in root.glob(".partial-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > shutil.disk_usage(run_dir).free:
         raise OSError(errno.ENOSPC, "No space left on device")  # before Orbax's threads meet it
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
-    first, previous = 0, None
+    first, files = 0, {}
     if found := [s for s in checkpoint_steps(run_dir) if s < step]:
         previous = root / str(found[0])
-        for piece in sorted((previous / "replay").iterdir()):
-            begin, end = map(int, piece.stem.split("-"))
+        try:
+            known = read_counters(previous)["files"]
+        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        for name in sorted(name for name in known if name.startswith("replay/")):
+            end = int(Path(name).stem.split("-")[1])
             first = max(first, end)
             if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
+                files[name] = known[name]  # its checksum when it was written: a new one would hide damage
                 try:
-                    os.link(piece, partial_path / "replay" / piece.name)
+                    os.link(previous / name, partial_path / name)
                 except OSError:  # a file system without hard links
-                    shutil.copy2(piece, partial_path / "replay" / piece.name)
+                    shutil.copy2(previous / name, partial_path / name)
     first = max(first, replay.inserted - replay.slots + 1)
     slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    with (partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+    with (partial_path / f"replay/{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
         header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
         for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
             records = replay.records(task, slots)
             if task == 0:
                 np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
             piece.write(records)
-    files = {str(f.relative_to(partial_path)): checksum(f) for f in sorted(partial_path.rglob("*")) if f.is_file()}
+    for file in sorted(partial_path.rglob("*")):
+        name = str(file.relative_to(partial_path))
+        if file.is_file() and name not in files:
+            files[name] = checksum(file)
     contents = {**counters, "replay_inserted": replay.inserted, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
@@ -1641,15 +1678,22 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 # Copied from brc_sac_continuous.py
+def read_counters(path: Path) -> dict:
+    """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
+    counters = json.loads((path / "checkpoint.json").read_text())
+    if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+        raise ValueError("checkpoint.json does not match its checksum")
+    return counters
+
+
+# Copied from brc_sac_continuous.py
 def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
         path = run_dir / "checkpoints" / str(step)
         try:
-            counters = json.loads((path / "checkpoint.json").read_text())
-            if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
-                raise ValueError("checkpoint.json does not match its checksum")
+            counters = read_counters(path)
             damaged = [name for name, crc in counters["files"].items() if checksum(path / name) != crc]
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
@@ -1664,7 +1708,8 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
                     replay.load_records(task, slots, records[task])
             replay.inserted = counters["replay_inserted"]
             for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
-                damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
+                with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
+                    damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
@@ -1685,18 +1730,26 @@ def main(args: Args) -> None:
     run_dir = Path(args.resume) if args.resume else Path(args.run_root) / (args.run_name or name)
     if not args.resume and ((run_dir / "checkpoints").exists() or (run_dir / "embedding.csv").exists()):
         raise UserError(f"{run_dir} holds a run: continue it with --resume {run_dir}, or choose another --run-name")
-    pretrained = load_pretrained(args)
-    envs = target_envs(targets[0], pretrained, 1, args.seed, args.env_backend)
+    pretrained, own_sizes = load_pretrained(args), []
+    for target in targets:  # so that one that cannot be made is refused before the first is learned
+        envs = target_envs(target, pretrained, 1, args.seed, args.env_backend)
+        own_sizes.append((envs.observation_dims[0], envs.action_dims[0]))
+        envs.close()
     information = {**asdict(args), **run_information(targets, envs), "pretrained_step": pretrained.step,
                    "pretrained_tasks": pretrained.sizes.task_names}  # fmt: skip
-    envs.close()
+    information["env_info"]["observation_dims"], information["env_info"]["action_dims"] = zip(*own_sizes, strict=True)
+    if args.resume:
+        before = json.loads((run_dir / "args.json").read_text()).get("pretrained_step")
+        if before != pretrained.step:
+            print(f"warning: {pretrained.run_dir} has gone on from step {before} to {pretrained.step}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(run_dir / "args.json", json.dumps(information, indent=2))
     print(f"pretrained: {len(pretrained.embeddings)} tasks, step {pretrained.step:,} of {pretrained.run_dir}")
     critic_size = parameter_count([pretrained.state.critic, pretrained.state.target_critic])
     sizes = f"{critic_size:,} in critics and targets, {parameter_count(pretrained.state.actor):,} in the actor"
     print(f"parameters: {sizes}; run directory: {run_dir}")
-    if args.total_timesteps == 0:
+    if not args.resume:
+        replace_file(run_dir / "args.json", json.dumps(information, indent=2))
+    if args.total_timesteps == 0 and not args.resume:
         return
     stop: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
@@ -1705,10 +1758,10 @@ def main(args: Args) -> None:
         if not adapt_embeddings(args, pretrained, targets, run_dir, stop):
             print(f"stopped; continue with --resume {run_dir}")
     else:
-        learn(args, pretrained, targets[0], run_dir, stop)
+        learn(args, pretrained, targets[0], run_dir, stop, information)
 
 
-def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: list) -> None:
+def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: list, information: dict) -> None:
     """--protocol model, data and scratch: one learner on one new task, as in brc_sac_continuous.py."""
     resumed_at = (checkpoint_steps(run_dir) or [0])[0]
     env_seed, eval_seed = np.random.SeedSequence([args.seed, resumed_at]).generate_state(2)
@@ -1733,6 +1786,7 @@ def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: 
         rng.bit_generator.state = counters["rng"]
         if step > args.total_timesteps or last_evaluation >= args.total_timesteps:  # else its last one is missing
             raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-timesteps")
+        replace_file(run_dir / "args.json", json.dumps(information, indent=2))
         print(f"resumed {run_dir} at step {step:,}")
     elif args.protocol == "model":
         embedding = pretrained.embeddings.mean(0)
@@ -1745,10 +1799,10 @@ def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: 
             print(f"best embedding after {step} transitions: {pretrained.sizes.task_names[best]}")
         state = start_from_pretrained(args, pretrained, state, embedding)
 
-    logger = Logger(args, run_dir, step if args.resume else -1)
+    logger = Logger(args, run_dir, step, last_evaluation)
     eval_envs = target_envs(target, pretrained, eval_copies(1, args.eval_episodes), int(eval_seed), args.env_backend)
     task_ids, act_key = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1)
-    started, last_checkpoint, last_log = time.time() - wall_time, step, (time.time(), step)
+    started, saved, last_log = time.time() - wall_time, (step, last_evaluation), (time.time(), step)
     episode_return, train_returns, rows, metrics = np.zeros(1), {}, [], None
     done = np.zeros(1, bool)
     observations = envs.reset()
@@ -1770,10 +1824,11 @@ def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: 
                     if args.capture_video:
                         path = run_dir / "videos" / f"{file_name(target)}-{step}.mp4"
                         try:
-                            record_video(agent, state, target, 0, observation_dim, path)
+                            record_video(agent, state, target, 0, observation_dim, path, stop)
                         except Exception as error:  # a graphics library or a package for drawing may be missing
                             progress.write(f"warning: no video of {target}: {error}", file=sys.stderr)
-            if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == args.total_timesteps or stop):
+            due = step % args.checkpoint_every == 0 or step == args.total_timesteps or stop
+            if due and step > 0 and (step, last_evaluation) != saved:
                 check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
                 counters = {
                     "step": step, "updates": updates, "wall_time": time.time() - started,
@@ -1790,7 +1845,7 @@ def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: 
                         f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
                         f"then continue with --resume {run_dir}"
                     ) from error
-                last_checkpoint = step
+                saved = step, last_evaluation
             if step == args.total_timesteps or stop:
                 break
 
@@ -1888,7 +1943,7 @@ if __name__ == "__main__":
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-            message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
+            message = "out of memory: lower --batch-size or --buffer-size"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         print(f"error: {message}", file=sys.stderr)

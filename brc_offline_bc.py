@@ -17,7 +17,8 @@ two things: the value is divided by its mean magnitude, so that one coefficient 
 data are cloned by likelihood or by squared error. In the notation of brc_sac_continuous.py, with data (s, a, r, s'):
 
   actor loss       mean[alpha log pi(a~|s) - Q(s, a~)] / sg(mean |Q(s, a~)|) + c BC,   a~ ~ pi(s)
-  BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC, c = --bc-coef
+  BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC, c = --bc-coef;
+                   |a| <= .999 and the standard deviation >= e^-2 there, so that no single action decides
   BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           as in TD3+BC and FQL
   critic loss, temperature, task embeddings, target critic                  as in SAC+BRC (Section 3, B, C.1-C.4)
   normalization    r <- r V_max / (G_i + lambda_i), G_i the largest return in the data of task i      (Eq. 2-4)
@@ -33,6 +34,7 @@ than memory: files are memory-mapped, nothing in them is executed.
 """
 
 import atexit
+import contextlib
 import csv
 import errno
 import importlib.util
@@ -96,7 +98,8 @@ class Args:
     run_root: str = "runs"
     """directory that holds the run directories"""
     resume: str | None = None
-    """run directory to continue from its newest good checkpoint; other flags override the saved ones"""
+    """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
+    checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """what evaluation steps: envpool is fastest; gymnasium is the reference and runs every family"""
     total_updates: int = 1_000_000
@@ -489,8 +492,9 @@ class GymnasiumTask:
     def __init__(self, task: str, seed: int):
         heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
-        self.task, self.seed = task, seed
-        self.envs = gym.vector.AsyncVectorEnv([partial(make_worker_env, task, seed)], context="forkserver")
+        self.task, self.seed, self.envs = task, seed, None
+        make = partial(make_worker_env, task, seed)
+        self.envs = self.call(gym.vector.AsyncVectorEnv, [make], context="forkserver")
         self.observation_dim = self.envs.single_observation_space.shape[0]
         self.action_dim = gym.spaces.flatdim(self.envs.single_action_space)
         atexit.register(self.close)
@@ -500,7 +504,9 @@ class GymnasiumTask:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Gymnasium shows the worker's traceback as a warning
                 return function(*args, **kwargs)
-        except (EOFError, OSError) as error:
+        except UserError:
+            raise
+        except (EOFError, ConnectionError) as error:
             self.close()
             raise UserError(f"the worker process of {self.task} died, perhaps for lack of memory") from error
         except Exception as error:  # whatever the environment itself raised in its process
@@ -518,6 +524,8 @@ class GymnasiumTask:
         return self.call(self.envs.step_wait)
 
     def close(self) -> None:
+        if self.envs is None:  # it died while it started
+            return
         for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
             process.kill()  # without asking is_alive(): it says no once a signal has ended the fork server
         self.envs.closed = True
@@ -534,7 +542,7 @@ class ParallelEnvs:
     """
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
-        seeds = np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
+        self.tasks, seeds = tasks, np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
         self.pools = [self.make_pool(t, num_envs, int(s), backend) for t, s in zip(tasks, seeds, strict=True)]
         self.task_ids = np.repeat(np.arange(len(tasks)), [pool.num_envs for pool in self.pools])
         starts = np.cumsum([0] + [pool.num_envs for pool in self.pools])
@@ -619,17 +627,21 @@ def dataset_tasks(args: Args) -> list[str]:
         raise UserError("no data: give --dataset, such as --dataset runs/RUN/replay of a run made with --save-replay")
     if not is_folder(args.dataset):
         if len(args.env_ids) != len(args.dataset):
-            raise UserError(f"{len(args.dataset)} Minari data sets need as many --env-ids, in the same order")
+            raise UserError(
+                f"--dataset {' '.join(args.dataset)}: no folder with .npy files, such as runs/RUN/replay; Minari data "
+                "sets need as many --env-ids, in the same order"
+            )
         check_tasks(list(args.env_ids))
         return list(args.env_ids)
     folder, found = Path(args.dataset[0]), None
     for path in (folder / "dataset.json", folder.parent / "args.json"):  # a converter's, or the run's that made it
         if path.exists():
             try:
-                found = json.loads(path.read_text())["env_info"]["task_names"]
+                found = [name.strip() for name in json.loads(path.read_text())["env_info"]["task_names"]]
                 break
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} does not name the tasks of the data set ({error}); give --env-ids") from error
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not args.env_ids:
+                    raise UserError(f"{path} does not name the data set's tasks ({error}); give --env-ids") from error
     tasks = list(args.env_ids) or found
     if not tasks:
         raise UserError(f"{folder} does not say which tasks it holds (no args.json beside it); give --env-ids")
@@ -716,7 +728,8 @@ class Dataset:
             if not len(starts):
                 raise UserError(f"{path}: no transition of {task} in it")
             self.check_content(path, records[starts[0] :])
-            max_return, mean_return = returns_of(records[starts[0] :], discount)
+            is_cut = bool(starts[0] > 0 and records["valid"][starts[0] - 1])
+            max_return, mean_return = returns_of(records[starts[0] :], discount, is_cut)
             self.max_return.append(max_return)
             self.mean_return.append(mean_return)
         self.max_return = np.array(self.max_return, np.float32)
@@ -724,15 +737,14 @@ class Dataset:
     def open(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
         """Maps a file. Raises UserError if it is damaged or not what the task's sizes ask for."""
         try:
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is damaged or not a NumPy file: {error}") from error
+            records = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+        except Exception as error:  # a damaged header is parsed as Python, with errors of many kinds
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is damaged or not a NumPy file: {type(error).__name__}: {reason}") from error
         if records.ndim != 1 or records.dtype.names != dtype.names:
             raise UserError(f"{path} is not a data set of this project: it holds {records.dtype} {records.shape}")
         if records.dtype != dtype:
-            has = [f"{name} {records.dtype[name].shape or ''}".strip() for name in dtype.names[:2]]
-            wants = f"{dtype['observation'].shape} and {dtype['action'].shape}"
-            raise UserError(f"{path} does not fit {task}: it has {' and '.join(has)}, the task {wants}")
+            raise UserError(f"{path} does not fit {task}: it has {records.dtype.descr}, the task {dtype.descr}")
         return records
 
     def check_content(self, path: Path, records: np.ndarray, rows: int = 100_000) -> None:
@@ -764,27 +776,33 @@ class Dataset:
         return Batch(observations, actions, rewards, terminated, next_observations, task_ids)
 
 
-def returns_of(records: np.ndarray, discount: float) -> tuple[float, float]:
+def returns_of(records: np.ndarray, discount: float, is_cut: bool) -> tuple[float, float]:
     """Largest absolute discounted return (Eq. 2) and mean undiscounted return of the episodes in `records`.
 
     After the end of an episode comes nothing if it terminated, else its mean reward for ever, as in the released code:
-    no critic is there yet to be asked (C.2). An episode shorter than the horizon 1 / (1 - discount), such as the piece
-    that a stopped run leaves, says too little about what would have come: nothing is added.
+    no critic is there yet to be asked (C.2). A piece that a stopped run leaves, shorter than the longest episode and
+    than the horizon 1 / (1 - discount), says too little about what would have come: nothing is added. The mean is
+    over whole episodes: terminated or as long as the longest, without the first where `is_cut` says that its beginning
+    is missing; over all pieces if none is whole.
     """
     valid = np.array(records["valid"])
     rewards, terminated = records["reward"].astype(np.float64), np.array(records["terminated"])
     ends = np.flatnonzero(~np.append(valid, False))
-    largest, totals, first = float(np.abs(rewards[valid]).max(initial=0)), [], 0
-    for end in ends:
-        if end > first:
-            episode = rewards[first:end]
-            returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
-            if not terminated[end - 1] and len(episode) * (1 - discount) >= 1:
-                returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
-            largest = max(largest, float(np.abs(returns).max()))
-            totals.append(episode.sum())
-        first = end + 1
-    return largest, float(np.mean(totals))
+    starts = np.append(0, ends[:-1] + 1)
+    longest = int((ends - starts).max())
+    largest, whole, pieces = float(np.abs(rewards[valid]).max(initial=0)), [], []
+    for start, end in zip(starts, ends, strict=True):
+        if end == start:
+            continue
+        episode = rewards[start:end]
+        returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
+        if not terminated[end - 1] and len(episode) >= min(longest, 1 / (1 - discount)):
+            returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
+        largest = max(largest, float(np.abs(returns).max()))
+        pieces.append(episode.sum())
+        if (terminated[end - 1] or len(episode) == longest) and not (is_cut and start == 0):
+            whole.append(episode.sum())
+    return largest, float(np.mean(whole or pieces))
 
 
 class Replay:
@@ -979,7 +997,8 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
         if use_embedding:
             critic["embedding"] = embedding_network.init(embedding_key, task_ids)
-        log_temperature = jnp.log(jnp.float32(args.initial_temperature))
+        # Nothing but the critic would hold the temperature back, and cloning does not listen to it: no entropy then.
+        log_temperature = jnp.log(jnp.float32(0 if args.bc_only else args.initial_temperature))
         return AgentState(
             actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
             log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks), key,
@@ -1100,6 +1119,7 @@ def parameter_count(tree) -> int:
 
 
 EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
+MAX_EPISODE_STEPS = 30_000  # a gym/ task registered without max_episode_steps may never end
 
 
 # Copied from brc_sac_continuous.py
@@ -1117,7 +1137,7 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
     episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    done, observations = np.zeros(envs.size, bool), envs.reset()
+    length, done, observations = np.zeros(envs.size, int), np.zeros(envs.size, bool), envs.reset()
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop:
             return None
@@ -1126,13 +1146,17 @@ def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int,
         observations, rewards, terminated, truncated, success = envs.recv()
         episode_return += np.where(done, 0, rewards)  # the step after done was a reset
         episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
+        length = np.where(done | finished, 0, length + 1)
+        if length.max() > MAX_EPISODE_STEPS:
+            task = envs.tasks[envs.task_ids[length.argmax()]]
+            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
         done = ~done & (terminated | truncated)
         for row in np.flatnonzero(done):
             if len(returns[row]) < quota[row]:
                 returns[row].append(episode_return[row])
                 successes[row].append(episode_success[row])
         episode_return[done] = 0
-    return tuple([np.concatenate(episodes[rows]) for rows, _ in envs.rows] for episodes in (returns, successes))
+    return tuple([np.concatenate(values[rows]) for rows, _ in envs.rows] for values in (returns, successes))
 
 
 # Copied from brc_sac_continuous.py
@@ -1152,8 +1176,8 @@ def frame_renderer(env: gym.Env):
 
 
 # Copied from brc_sac_continuous.py
-def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path):
-    """One deterministic episode as mp4, every second frame."""
+def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path, stop):
+    """One deterministic episode as mp4, every second frame; none if `stop` fills meanwhile."""
     import imageio
 
     env = make_env(task, render_mode="rgb_array")
@@ -1162,7 +1186,7 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
     for time_step in itertools.count():
         if time_step % 2 == 0:
             frames.append(render())
-        if done:
+        if done or stop:
             break
         padded = np.zeros((1, observation_dim), np.float32)
         padded[0, : len(observation)] = observation
@@ -1170,6 +1194,8 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()
+    if stop:
+        return
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
@@ -1183,7 +1209,7 @@ PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworl
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
 RESUMABLE = {  # arguments that a resumed run may change
     "total_updates", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
-    "wandb_project", "env_backend", "resume",
+    "wandb_project", "env_backend", "resume", "dataset",
 }  # fmt: skip
 LOG_EVERY = 500  # updates between TensorBoard points and checks for non-finite losses
 
@@ -1249,28 +1275,30 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
 
 # Copied from brc_sac_continuous.py
 class Logger:
-    """eval.csv, TensorBoard and, with --track, Weights & Biases. Rows later than `step` of a resume are dropped."""
+    """eval.csv, TensorBoard and, with --track, Weights & Biases. What came after a resume's checkpoint is dropped."""
 
-    def __init__(self, args: Args, run_dir: Path, step: int):
+    def __init__(self, args: Args, run_dir: Path, step: int, last_evaluation: int):
         self.csv = run_dir / "eval.csv"
         rows = []
         if self.csv.exists():
             whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
-            rows = [row for row in whole_rows if int(row["step"]) <= step]
+            rows = [row for row in whole_rows if int(row["step"]) <= last_evaluation]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, EVAL_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         replace_file(self.csv, text.getvalue())
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step if step > 0 else None)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         self.wandb = None
         if args.track:
-            import wandb
+            about = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name, "config": asdict(args)}
+            try:
+                import wandb
 
-            name = run_dir.name
-            self.wandb = wandb.init(
-                project=args.wandb_project, name=name, id=name, resume="allow", dir=str(run_dir), config=asdict(args)
-            )
+                self.wandb = wandb.init(resume="allow", dir=str(run_dir), **about)
+            except Exception as error:  # not installed, not logged in, no network
+                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
+                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -1306,33 +1334,42 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     """
     root = run_dir / "checkpoints"
     path, partial_path = root / str(step), root / f".partial-{step}"
-    shutil.rmtree(partial_path, ignore_errors=True)
+    for unfinished in root.glob(".partial-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > shutil.disk_usage(run_dir).free:
         raise OSError(errno.ENOSPC, "No space left on device")  # before Orbax's threads meet it
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
-    first, previous = 0, None
+    first, files = 0, {}
     if found := [s for s in checkpoint_steps(run_dir) if s < step]:
         previous = root / str(found[0])
-        for piece in sorted((previous / "replay").iterdir()):
-            begin, end = map(int, piece.stem.split("-"))
+        try:
+            known = read_counters(previous)["files"]
+        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        for name in sorted(name for name in known if name.startswith("replay/")):
+            end = int(Path(name).stem.split("-")[1])
             first = max(first, end)
             if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
+                files[name] = known[name]  # its checksum when it was written: a new one would hide damage
                 try:
-                    os.link(piece, partial_path / "replay" / piece.name)
+                    os.link(previous / name, partial_path / name)
                 except OSError:  # a file system without hard links
-                    shutil.copy2(piece, partial_path / "replay" / piece.name)
+                    shutil.copy2(previous / name, partial_path / name)
     first = max(first, replay.inserted - replay.slots + 1)
     slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    with (partial_path / "replay" / f"{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+    with (partial_path / f"replay/{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
         header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
         for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
             records = replay.records(task, slots)
             if task == 0:
                 np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
             piece.write(records)
-    files = {str(f.relative_to(partial_path)): checksum(f) for f in sorted(partial_path.rglob("*")) if f.is_file()}
+    for file in sorted(partial_path.rglob("*")):
+        name = str(file.relative_to(partial_path))
+        if file.is_file() and name not in files:
+            files[name] = checksum(file)
     contents = {**counters, "replay_inserted": replay.inserted, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
@@ -1349,15 +1386,22 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 # Copied from brc_sac_continuous.py
+def read_counters(path: Path) -> dict:
+    """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
+    counters = json.loads((path / "checkpoint.json").read_text())
+    if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+        raise ValueError("checkpoint.json does not match its checksum")
+    return counters
+
+
+# Copied from brc_sac_continuous.py
 def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
         path = run_dir / "checkpoints" / str(step)
         try:
-            counters = json.loads((path / "checkpoint.json").read_text())
-            if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
-                raise ValueError("checkpoint.json does not match its checksum")
+            counters = read_counters(path)
             damaged = [name for name, crc in counters["files"].items() if checksum(path / name) != crc]
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
@@ -1372,7 +1416,8 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
                     replay.load_records(task, slots, records[task])
             replay.inserted = counters["replay_inserted"]
             for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
-                damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
+                with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
+                    damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
@@ -1400,7 +1445,7 @@ def main(args: Args) -> None:
     else:
         paths = [run_dir / "data" / f"{file_name(task)}.npy" for task in tasks]
         for name, path in zip(args.dataset, paths, strict=True):
-            if not path.exists():
+            if not args.resume or not path.exists():
                 convert_minari(name, path)
     data = Dataset(tasks, paths, envs, args.last_transitions, args.discount)
     num_tasks, observation_dim, action_dim = len(tasks), envs.observation_dim, envs.action_dim
@@ -1432,8 +1477,8 @@ def main(args: Args) -> None:
     stop: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
         signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    logger = Logger(args, run_dir, step if args.resume else -1)
-    started, last_checkpoint, last_log = time.time() - wall_time, step, (time.time(), step)
+    logger = Logger(args, run_dir, step, last_evaluation)
+    started, saved, last_log = time.time() - wall_time, (step, last_evaluation), (time.time(), step)
     rows, metrics = [], None
     rng_state = rng.bit_generator.state
     batch = data.sample(rng, args.batch_size)
@@ -1454,13 +1499,14 @@ def main(args: Args) -> None:
                             values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
                             progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
                     logger.scalars(values, step)
-                    for task_id, task in enumerate(tasks if args.capture_video else []):
+                    for task_id, task in enumerate(tasks if args.capture_video and not stop else []):
                         path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
                         try:
-                            record_video(agent, state, task, task_id, observation_dim, path)
+                            record_video(agent, state, task, task_id, observation_dim, path, stop)
                         except Exception as error:  # a graphics library or a package for drawing may be missing
                             progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
-            if step > last_checkpoint and (step % args.checkpoint_every == 0 or step == args.total_updates or stop):
+            due = step % args.checkpoint_every == 0 or step == args.total_updates or stop
+            if due and step > 0 and (step, last_evaluation) != saved:
                 check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
                 counters = {
                     "step": step, "updates": step, "wall_time": time.time() - started,
@@ -1476,7 +1522,7 @@ def main(args: Args) -> None:
                         f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
                         f"then continue with --resume {run_dir}"
                     ) from error
-                last_checkpoint = step
+                saved = step, last_evaluation
             if step == args.total_updates or stop:
                 break
 
@@ -1546,7 +1592,7 @@ if __name__ == "__main__":
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-            message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
+            message = "out of memory: lower --critic-width or --batch-size"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -77,8 +77,11 @@ def load(path: Path):
         with torch.serialization.safe_globals(allowed):
             chunk = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = {"obs", "action", "reward", "task"} - set(chunk.keys())
-        if missing or chunk.ndim != 2:
-            raise ValueError(f"shape {tuple(chunk.shape)}, without {', '.join(sorted(missing)) or 'nothing'}")
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        widths = chunk["obs"].shape[-1], chunk["action"].shape[-1]
+        if chunk.ndim != 2 or not chunk.numel() or widths[0] < 39 or widths[1] < 6:
+            raise ValueError(f"shape {tuple(chunk.shape)}, |S| = {widths[0]}, |A| = {widths[1]}")
         if not torch.isnan(chunk["reward"][:, 0]).all():
             raise ValueError("the first reward of an episode should be NaN")
     except Exception as error:  # torch's and pickle's own, of many kinds

@@ -3,6 +3,7 @@
 A process that runs them needs this directory in PYTHONPATH; see the fixture `environment`.
 """
 
+import multiprocessing
 import os
 import signal
 import time
@@ -72,6 +73,24 @@ class Killed(Counter):
         if self.steps == 20:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)
+
+
+class NoFile(Counter):
+    """Looks for a file that is not there: an OSError like that of a broken pipe to its process."""
+
+    def step(self, action):
+        if self.steps == 20:
+            open("/nowhere/arm.stl")
+        return super().step(action)
+
+
+class KilledAtStart(Counter):
+    """Its process dies before its first observation, as for lack of memory when many start."""
+
+    def __init__(self, length: int, ends: str):
+        super().__init__(length, ends)
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class BadReward(Counter):
@@ -163,6 +182,9 @@ REGISTERED = {
     "Slow": (Slow, {"length": 20, "ends": "truncated"}),
     "Raises": (Raises, {"length": 5, "ends": "terminated"}),
     "Killed": (Killed, {"length": 5, "ends": "terminated"}),
+    "NoFile": (NoFile, {"length": 5, "ends": "terminated"}),
+    "KilledAtStart": (KilledAtStart, {"length": 5, "ends": "terminated"}),
+    "Endless": (Counter, {"length": 5, "ends": "never"}),
     "InfReward": (BadReward, {"bad": np.inf}),
     "NaNReward": (BadReward, {"bad": np.nan}),
     "PointRight": (Point, {"goal": (0.7, 0.4)}),

@@ -814,7 +814,7 @@ def test_log_task_statistics_writes_arrays_and_scalars(tmp_path):
     normalizer = brc.ReturnNormalizer(NUM_TASKS, 0.99)
     normalizer.max_return[:] = UNIT_RETURN
     state = opposed_state(agent)
-    logger = brc.Logger(args, tmp_path, 0)
+    logger = brc.Logger(args, tmp_path, 0, -1)
     brc.log_task_statistics(agent, state, replay, normalizer, tasks, tmp_path, logger, step, batch_size=BATCH)
     logger.close()
 

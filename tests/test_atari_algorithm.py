@@ -371,8 +371,8 @@ def reference_updates(args, state, batches, max_return, num_tasks: int):
     norm = math.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
     return critic, target_critic, {
         "losses/critic": loss, "gradient_norms/critic": norm, "q/target_mean": values.mean(),
-        "q/target_min": values.min(), "q/target_max": values.max(), "rewards/normalized_mean": returns.mean(),
-        "rewards/normalized_max_abs": np.abs(returns).max(),
+        "q/target_min": values.min(), "q/target_max": values.max(), "returns/normalized_mean": returns.mean(),
+        "returns/normalized_max_abs": np.abs(returns).max(),
     }  # fmt: skip
 
 
@@ -436,7 +436,7 @@ def test_return_factors_that_are_zero_or_tiny():
     batches = make_batch()._replace(returns=np.zeros((1, BATCH), np.float32))
     state, metrics = agent.update(copy(random_state(agent)), batches, np.zeros(3, np.float32))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))
-    assert metrics["rewards/normalized_max_abs"] == 0
+    assert metrics["returns/normalized_max_abs"] == 0
     value = agent.value(state, make_batch(size=3).frames[0], np.float32([0, 1e-30, 1]))
     assert np.isfinite(value).all() and np.abs(value[:2]).max() < 1e-6
 

@@ -133,8 +133,8 @@ def test_eval_csv(finished):
 def test_tensorboard_points(finished):
     _, run_dir = finished
     values = tensorboard(run_dir)
-    expected = f"""losses/critic gradient_norms/critic q/target_mean q/target_min q/target_max rewards/normalized_mean
-        rewards/normalized_max_abs policy/epsilon updates speed/steps_per_second train/return/atari/breakout
+    expected = f"""losses/critic gradient_norms/critic q/target_mean q/target_min q/target_max returns/normalized_mean
+        returns/normalized_max_abs policy/epsilon updates speed/steps_per_second train/return/atari/breakout
         train/return/{LIVES} normalizer/atari/breakout normalizer/{LIVES} eval/return/atari/breakout
         eval/return/{LIVES} eval/score/atari/breakout eval/mean_score eval/median_score eval/iqm_score""".split()
     found = {tag.replace("_", "-").replace(":", "-") for tag in values}

@@ -343,9 +343,9 @@ def test_run_root_that_is_a_file(command_line, tmp_path):
     assert str(tmp_path / "file") in error_line(stderr)
 
 
-@pytest.fixture(scope="module", params=["Raises", "Killed"])
+@pytest.fixture(scope="module", params=["Raises", "Killed", "NoFile", "KilledAtStart"])
 def failed(request, run, tmp_path_factory) -> tuple[str, subprocess.CompletedProcess]:
-    """A run whose environment fails at its 21st step."""
+    """A run whose environment fails at its 21st step, or before its first."""
     task, root = f"gym/gym_tasks:{request.param}-v0", tmp_path_factory.mktemp("failed")
     return task, run("--env-ids", task, *SMALL, *NO_UPDATES, "--total-timesteps", 1000, "--run-root", root, seconds=240)
 
@@ -358,7 +358,41 @@ def test_failing_environment_ends_the_run(failed):
 
 
 def test_failing_environment_is_one_line(failed):
-    error_line(failed[1].stderr)
+    task, result = failed
+    line, died = error_line(result.stderr), "died, perhaps for lack of memory"
+    expected = {"Raises": "RuntimeError: the arm fell off", "NoFile": "/nowhere/arm.stl", "Killed": died,
+                "KilledAtStart": died}  # fmt: skip
+    assert expected[task.removeprefix("gym/gym_tasks:").removesuffix("-v0")] in line
+
+
+def test_task_that_never_ends_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(brc, "MAX_EPISODE_STEPS", 40)
+    arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", "gym/gym_tasks:Endless-v0", *SMALL, *NO_UPDATES]
+    with pytest.raises(brc.UserError, match="gym/gym_tasks:Endless-v0 had no end within 40 steps"):
+        train(*arguments, "--total-timesteps", 3, "--run-root", tmp_path)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_weights_and_biases_that_cannot_start(missing, tmp_path, monkeypatch):
+    """Not installed, or not logged in: the reason and the way out."""
+    if missing:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        wandb = pytest.importorskip("wandb")
+        monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("No API key")))
+    with pytest.raises(brc.UserError, match="--track: .*(wandb|No API key).*; pip install wandb, wandb login, or"):
+        brc.Logger(brc.Args(track=True), tmp_path, 0, -1)
+
+
+def test_evaluation_that_no_checkpoint_counts_is_dropped(tmp_path):
+    """A run stopped in an evaluation, resumed, and killed after it: the next resume evaluates again, once."""
+    rows = [brc.evaluation_rows(["gym/A"], ([np.ones(1)], [np.full(1, np.nan)]), step, 0, 0.0) for step in (0, 10, 20)]
+    logger = brc.Logger(brc.Args(), tmp_path, 0, -1)
+    for row in rows:
+        logger.evaluation(row)
+    logger.close()
+    brc.Logger(brc.Args(), tmp_path, 20, 10).close()  # the checkpoint of step 20 knows the evaluation of step 10
+    assert [row["step"] for row in curve(tmp_path)] == ["0", "10"]
 
 
 def test_run_name_that_is_taken(finished, command_line):
@@ -671,6 +705,39 @@ def test_each_transition_is_written_once(blank, tmp_path):
     pieces = sorted((tmp_path / "checkpoints" / "300" / "replay").iterdir())
     assert sum(np.load(piece, allow_pickle=False).shape[1] for piece in pieces) <= 300 + len(pieces)
     assert [piece.stat().st_nlink for piece in pieces] == [2, 2, 1]  # shared with checkpoint 200
+
+
+def test_damage_of_a_shared_piece_is_not_hidden_by_a_later_checkpoint(blank, tmp_path, capsys):
+    """The newer one shares the piece by a hard link: both are damaged, and the newer one says so."""
+    replay = brc.Replay(2, 1000, 3, 2)
+    extend(replay, 100, seed=0)
+    save(tmp_path, 100, blank, replay)
+    with (tmp_path / "checkpoints/100/replay/000000000000-000000000100.npy").open("r+b") as piece:
+        piece.seek(500)
+        piece.write(b"damage")
+    extend(replay, 100, seed=1)
+    save(tmp_path, 200, blank, replay)
+    with pytest.raises(brc.UserError, match="no undamaged checkpoint"):
+        brc.load_checkpoint(tmp_path, blank, brc.Replay(2, 1000, 3, 2))
+    warnings = capsys.readouterr().err.splitlines()
+    assert all("replay/000000000000-000000000100.npy does not match its checksum" in line for line in warnings)
+    assert len(warnings) == 2
+
+
+def test_damaged_counters_of_the_checkpoint_before(blank, tmp_path):
+    """The next checkpoint builds on nothing of it, and leaves no half-written directory behind."""
+    replay = brc.Replay(2, 1000, 3, 2)
+    extend(replay, 100, seed=0)
+    save(tmp_path, 100, blank, replay)
+    (tmp_path / "checkpoints/100/checkpoint.json").write_text("{")
+    (tmp_path / "checkpoints/.partial-77/state").mkdir(parents=True)
+    extend(replay, 100, seed=1)
+    save(tmp_path, 200, blank, replay)
+    other = brc.Replay(2, 1000, 3, 2)
+    _, found = brc.load_checkpoint(tmp_path, blank, other)
+    assert found["step"] == 200
+    assert_same(replay, other)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["100", "200"]
 
 
 @pytest.fixture

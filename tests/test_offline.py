@@ -135,32 +135,40 @@ def test_last_transitions(tmp_path):
 
 
 def test_largest_return_by_hand(tmp_path):
-    """Terminated: nothing after the end. Truncated, at least the horizon of 2 long: its mean reward for ever."""
-    discount = 0.5
+    """Terminated: nothing after the end. Truncated, as long as the longest episode or the horizon of 2: its mean reward
+    for ever."""
 
-    def largest(rewards, terminated):
-        observations, actions = np.zeros((len(rewards) + 1, 2)), np.zeros((len(rewards), 2))
-        episode = {"observations": observations, "actions": actions, "rewards": rewards, "terminated": terminated}
-        path = write(tmp_path, "gym/A", [episode])
-        return brc.returns_of(np.load(path), discount)
+    def largest(*episodes, discount=0.5, is_cut=False):
+        made = [
+            {"observations": np.zeros((len(rewards) + 1, 2)), "actions": np.zeros((len(rewards), 2)),
+             "rewards": rewards, "terminated": terminated} for rewards, terminated in episodes
+        ]  # fmt: skip
+        return brc.returns_of(np.load(write(tmp_path, "gym/A", made)), discount, is_cut)
 
-    assert largest([1, 2, 4], True) == (4.0, 7.0)  # 1 + 1 + 1 = 3, 2 + 2 = 4, 4
-    assert largest([2, 4], False)[0] == pytest.approx(4 + 0.5 * 6)  # mean 3, tail 6: 2 + 2 + 1.5, 4 + 3
-    assert largest([-8], False) == (8.0, -8.0)
-    assert largest([0, 0], True) == (0.0, 0.0)
+    assert largest(([1, 2, 4], True)) == (4.0, 7.0)  # 1 + 1 + 1 = 3, 2 + 2 = 4, 4
+    assert largest(([2, 4], False))[0] == pytest.approx(4 + 0.5 * 6)  # mean 3, tail 6: 2 + 2 + 1.5, 4 + 3
+    assert largest(([1, 1, 1], True), ([-8], False)) == (8.0, 3.0)  # the piece gets no tail, and does not count
+    assert largest(([0, 0], True)) == (0.0, 0.0)
+    assert largest(*[([1] * 50, False)] * 2, discount=0.99)[0] == pytest.approx(100)  # shorter than the horizon of 100
+    episodes = ([1] * 30, False), ([1] * 40, False), ([1] * 7, True), ([1] * 20, False)
+    assert largest(*episodes)[1] == (40 + 7) / 2
+    assert largest(*episodes[2:], is_cut=True)[1] == 20  # of the 7 the beginning is missing
+    assert largest(*episodes[2:3], is_cut=True)[1] == 7  # nothing is whole: whatever there is
 
 
 def test_returns_of_random_data_against_a_loop(tmp_path):
     rng, discount = np.random.default_rng(3), 0.9
     episodes, totals, best = random_episodes(rng, 50, length=40), [], 0.0
+    longest = max(len(episode["rewards"]) for episode in episodes)
     for episode in episodes:
         rewards = np.float32(episode["rewards"]).astype(float)
         value = 0.0 if episode["terminated"] or len(rewards) < 10 else rewards.mean() / (1 - discount)
         for reward in rewards[::-1]:
             value = reward + discount * value
             best = max(best, abs(value), abs(reward))
-        totals.append(rewards.sum())
-    found = brc.returns_of(np.load(write(tmp_path, "gym/A", episodes)), discount)
+        if episode["terminated"] or len(rewards) == longest:
+            totals.append(rewards.sum())
+    found = brc.returns_of(np.load(write(tmp_path, "gym/A", episodes)), discount, False)
     assert found == pytest.approx((best, np.mean(totals)))
 
 
@@ -187,6 +195,8 @@ DAMAGE = {
     "text": (lambda path: path.write_text("hello"), "damaged"),
     "pickled objects": (lambda path: np.save(path, np.array([{"a": 1}], object), allow_pickle=True), "damaged"),
     "a plain array": (lambda path: np.save(path, np.zeros((5, 3))), "not a data set"),
+    "npz": (lambda path: [np.savez(path.with_suffix(".npz"), a=1), path.with_suffix(".npz").replace(path)], "damaged"),
+    "header": (lambda path: path.write_bytes(path.read_bytes().replace(b"{'descr'", b"{'de(cr'", 1)), "damaged"),
     "no transition": (lambda path: np.save(path, np.zeros(9, brc.record_type(2, 2))), "no transition"),
     "no record": (lambda path: np.save(path, np.zeros(0, brc.record_type(2, 2))), "no transition"),
     "other sizes": (lambda path: write(path.parent, "gym/A", random_episodes(np.random.default_rng(0), 3, 5, 1), 5, 1),
@@ -310,6 +320,17 @@ def test_bc_only_ignores_the_critic_and_coefficient_0_the_data():
     assert metrics["losses/actor"] == metrics["losses/cloning"]
     *_, metrics = one_update(bc_coef=0.0)
     assert metrics["losses/actor"] == metrics["losses/improvement"]
+
+
+def test_bc_only_has_no_temperature_that_could_run_away():
+    """Nothing makes the policy's entropy reach its target there: targets and scales are those without entropy."""
+    args, agent, batch, _, state, metrics = one_update(bc_only=True)
+    for _ in range(3):
+        state, metrics = agent.update(state, batch, np.array([5.0, 2.0], np.float32))
+    assert metrics["policy/temperature"] == 0 and metrics["losses/temperature"] == 0
+    assert np.isfinite([float(value) for value in metrics.values()]).all()
+    scale = args.v_max / np.array([5.0, 2.0])[batch.task_ids]
+    assert metrics["rewards/normalized_mean"] == pytest.approx((batch.rewards * scale).mean(), rel=1e-4)
 
 
 def test_critic_learns_like_the_online_one():

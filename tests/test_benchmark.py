@@ -1,0 +1,544 @@
+"""benchmark/: experiments, the launcher with real runs, statistics against hand computation, and plots of finished,
+unfinished, empty and damaged run directories."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zlib
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from run_files import checkpoint_steps, curve
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+import experiments  # noqa: E402
+import launch  # noqa: E402
+import plot  # noqa: E402
+import scores  # noqa: E402
+from experiments import DRQ, EXPERIMENTS, OFFLINE, SAC, SCALES, TRANSFER, Run  # noqa: E402
+
+import brc_drq_atari as drq  # noqa: E402
+import brc_embedding_transfer  # noqa: E402
+import brc_offline_bc  # noqa: E402
+import brc_sac_continuous as sac  # noqa: E402
+
+MODULES = {SAC: sac, DRQ: drq, OFFLINE: brc_offline_bc, TRANSFER: brc_embedding_transfer}
+LAPTOP, PAPER = SCALES["laptop"], SCALES["paper"]
+
+
+# --------------------------------------------------------------------------------------------------- experiments
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_command_parses_with_its_script(scale):
+    """Every run of every experiment: its own script's parser takes the command line, and so do its checks."""
+    runs = experiments.unique_runs(list(EXPERIMENTS), SCALES[scale])
+    parsed = {}
+    for run in runs:
+        script, *argv = run.command("some/root", "some/data")
+        module, key = MODULES[script], (script, run.argv)
+        if key not in parsed:  # the seeds of one command line differ in nothing that a parser could refuse
+            args = module.parse_args(argv)
+            module.check_args(args)
+            if script in (SAC, DRQ):
+                tasks, steps = module.resolve_tasks(args)
+                assert (tuple(tasks), steps) == (launch.tasks_of(run, SCALES[scale]), run.length)
+            elif script == TRANSFER:
+                assert tuple(module.resolve_tasks(args)) == launch.tasks_of(run, SCALES[scale])
+            parsed[key] = args
+            assert (args.seed, args.run_root, args.run_name) == (run.seed, "some/root", run.name)
+            assert "{" not in " ".join(argv)
+    assert len({run.name for run in runs}) == len(runs)
+    names = {run.name for run in runs}
+    assert all(name in names for run in runs for name in run.after)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_dry_run_prints_every_command(name, capsys, tmp_path):
+    for scale in SCALES.values():
+        assert launch.main(launch.Args((name,), scale=scale.name, dry_run=True, run_root=str(tmp_path))) == 0
+        out = capsys.readouterr().out
+        runs = experiments.unique_runs([name], scale)
+        commands = [line for line in out.splitlines() if line.startswith("python brc_")]
+        assert len(commands) == len(runs) > 0
+        assert f"at {scale.name} scale" in out and f"# {len(runs)} runs, 0 finished" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_paper_sizes():
+    """Runs counted by hand from Section 4, D.1 and Table 1."""
+    count = {name: len(experiments.unique_runs([name], PAPER)) for name in EXPERIMENTS}
+    assert count["figure4"] == 6 * 4 * (9 + 1) * 5  # widths, architectures, 9 single-task and one multi-task, seeds
+    assert count["figure6"] == 8 * 5
+    assert count["figure9"] == (20 + 1) * 5
+    assert count["figure22"] == count["figure7"] == 5
+    assert count["table5"] == (26 + 1) * 5
+    assert count["figure2"] == 3 * (4 + (5 + 3 + 7 + 29) * 2)  # pretrained, from scratch and by model transfer
+    full = next(run for run in EXPERIMENTS["figure6"].runs(PAPER) if run.label == "SQ + CE + TE")
+    none = next(run for run in EXPERIMENTS["figure6"].runs(PAPER) if run.label == "none")
+    args = [sac.parse_args(run.command()[1:]) for run in (full, none)]
+    assert [(a.critic_width, a.critic_loss, a.normalize_returns, a.task_conditioning) for a in args] == [
+        (4096, "ce", True, "embedding"), (512, "mse", False, "heads"),
+    ]  # fmt: skip
+
+
+def test_runs_that_figures_share_are_one():
+    figure1, figure4 = (
+        {run.name for run in EXPERIMENTS[name].runs(LAPTOP) if run.label in ("BRC*", "BroNet (CE)") and len(
+            launch.tasks_of(run, LAPTOP)) > 1 and run.flag("--critic-width") == "128"}
+        for name in ("figure1", "figure4")
+    )  # fmt: skip
+    assert figure1 == figure4 and len(figure1) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ launcher
+
+TINY = ("--critic-width", "8", "--critic-depth", "0", "--actor-width", "8", "--actor-depth", "0", "--batch-size", "8",
+        "--eval-episodes", "1", "--checkpoint-every", "50")  # fmt: skip
+
+
+def tiny(task: str, steps: int, tag: str, after=(), extra=()) -> Run:
+    argv = ("--env-ids", task, "--total-timesteps", str(steps), "--learning-starts", "1000000", "--eval-every",
+            str(steps), *TINY, *extra)  # fmt: skip
+    return Run("", tag, SAC, argv, 1, tag, after=after)
+
+
+def test_launcher_runs_stops_resumes_skips_and_reports(monkeypatch, tmp_path, environment, capsys, own_signal_handlers):
+    """Real runs: one that finishes, one that fails, one that needs it, and one that is stopped and continued."""
+    for name in ("PYTHONPATH", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, environment[name])
+    good = tiny("gym/gym_tasks:Ends-v0", 60, "good")
+    bad = tiny("dmc/no-such-task", 60, "bad")
+    needy = tiny("gym/gym_tasks:Ends-v0", 60, "needy", after=(bad.name,), extra=("--utd", "3"))
+    long = tiny("gym/gym_tasks:Slow-v0", 1500, "long")
+    runs = [good, bad, needy, long]
+    monkeypatch.setitem(EXPERIMENTS, "tiny", experiments.Experiment("tiny runs", lambda scale: runs))
+    args = launch.Args(("tiny",), run_root=str(tmp_path), jobs=3)
+    directory = {run.label: tmp_path / run.name for run in runs}
+
+    def stop_when_only_the_long_run_is_left():
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            good_is_done = (directory["good"] / "checkpoints" / "60").exists()
+            if good_is_done and checkpoint_steps(directory["long"]):
+                time.sleep(1)  # the good run's last lines
+                break
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_only_the_long_run_is_left)
+    thread.start()
+    status = launch.main(args)
+    thread.join()
+    output = capsys.readouterr()
+    assert status == 1
+    assert f"{good.name}: finished" in output.out and f"{long.name}: stopped" in output.out
+    assert f"{needy.name}: failed: needs {bad.name}, which is not finished" in output.err
+    assert re.search(rf"{bad.name}: failed \(exit status 2\): error: unknown task 'dmc/no-such-task'", output.err)
+    assert str(directory["bad"] / "log.txt") in output.err
+    stopped_at = checkpoint_steps(directory["long"])[0]
+    assert 50 <= stopped_at < 1500 and curve(directory["good"])[-1]["step"] == "60"
+
+    good_before = {path: path.stat().st_mtime_ns for path in directory["good"].rglob("*") if path.is_file()}
+    monkeypatch.setitem(EXPERIMENTS, "tiny", experiments.Experiment("tiny runs", lambda scale: [good, bad, long]))
+    assert launch.main(replace(args, dry_run=True)) == 0
+    dry = capsys.readouterr().out
+    assert f"# finished: python {SAC}" in dry and f"python {SAC} --resume {directory['long']}\n" in dry
+    assert "# 3 runs, 1 finished" in dry
+    assert launch.main(args) == 1  # the bad one fails again
+    output = capsys.readouterr()
+    assert f"{long.name}: finished" in output.out and good.name not in output.out
+    assert {path: path.stat().st_mtime_ns for path in directory["good"].rglob("*") if path.is_file()} == good_before
+    assert [int(row["step"]) for row in curve(directory["long"])] == [0, 1500]
+    assert f"resumed {directory['long']} at step {stopped_at:,}" in (directory["long"] / "log.txt").read_text()
+
+    monkeypatch.setitem(EXPERIMENTS, "tiny", experiments.Experiment("tiny runs", lambda scale: [good, long]))
+    assert launch.main(args) == 0
+    assert "# 2 runs, 2 finished" in capsys.readouterr().out
+
+
+def test_launcher_refuses_bad_input(capsys):
+    assert launch.main(launch.Args(("figure99",))) == 2
+    assert launch.main(launch.Args(())) == 2
+    assert launch.main(launch.Args(("figure4",), jobs=0)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "figure99" in lines[0] and "figure4" in lines[0] and "--jobs" in lines[2]
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_by_hand():
+    """Two seeds, four tasks: small enough to do on paper."""
+    matrix = np.array([[0.0, 0.2, 0.4, 1.0], [0.2, 0.4, 0.8, 1.0]])
+    row = scores.summary(matrix, 500)
+    assert row["mean"] == pytest.approx(4.0 / 8)
+    assert row["median"] == pytest.approx((0.3 + 0.6) / 2)  # of the tasks' means .1, .3, .6, 1
+    assert row["iqm"] == pytest.approx((0.2 + 0.4 + 0.4 + 0.8) / 4)  # 0, .2 and 1, 1 are trimmed from eight scores
+    assert (row["tasks"], row["seeds"]) == (4, 2)
+
+
+def test_bootstrap_is_stratified():
+    """rliable's interval against bootstrap means drawn here, and against the exact distribution of a small case."""
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(np.arange(6), 1.0, (5, 6))  # tasks differ much, so drawing tasks as well would be much wider
+    row = scores.summary(matrix, 4000)
+    draws = rng.integers(5, size=(20_000, 5, 6))
+    means = np.take_along_axis(matrix[None], draws, axis=1).mean((1, 2))
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert row["mean_low"] == pytest.approx(low, abs=0.03) and row["mean_high"] == pytest.approx(high, abs=0.03)
+    # one task, seeds 0 and 1: the mean is 0, .5, .5 or 1 with equal probability
+    row = scores.summary(np.array([[0.0], [1.0]]), 200)
+    assert (row["mean_low"], row["mean_high"]) == (0, 1)
+    single = scores.summary(matrix[:1], 200)
+    assert np.isnan([single["mean_low"], single["iqm_high"]]).all() and single["mean"] == matrix[0].mean()
+
+
+def test_score_matrix_takes_as_many_seeds_as_all_tasks_have():
+    rows = [("a", 1, 0.1), ("a", 2, 0.2), ("a", 3, 0.3), ("b", 3, 0.9), ("b", 1, 0.7), ("c", 1, np.nan)]
+    table = pd.DataFrame(rows, columns=["task", "seed", "score"])
+    matrix, tasks = scores.score_matrix(table)
+    assert tasks == ["a", "b"]
+    np.testing.assert_array_equal(matrix, [[0.1, 0.7], [0.2, 0.9]])
+
+
+def test_mean_curve_needs_every_task():
+    rows = [(step, task, seed, step + seed + 10 * (task == "b"))
+            for step in (0, 1, 2) for task in "ab" for seed in (1, 2) if (step, task, seed) != (1, "b", 2)
+            and (step, task) != (2, "b")]  # fmt: skip
+    curve = scores.mean_curve(pd.DataFrame(rows, columns=["step", "task", "seed", "score"]), 100)
+    assert list(curve["step"]) == [0, 1] and list(curve["seeds"]) == [2, 1]
+    assert list(curve["mean"]) == [6.5, 1 + 1 + 5]  # at step 1 both tasks' first seeds only
+    assert np.isnan(curve["low"].iloc[1]) and curve["low"].iloc[0] < 6.5 < curve["high"].iloc[0]
+
+
+def test_shapley_values_are_means_over_orders():
+    rng, players = np.random.default_rng(1), ["SQ", "CE", "TE", "X"]
+    groups = [frozenset(p for i, p in enumerate(players) if bits >> i & 1) for bits in range(16)]
+    values = dict(zip(groups, rng.normal(size=16), strict=True))
+    gains = {player: [] for player in players}
+    for order in permutations(players):
+        for place, player in enumerate(order):
+            gains[player].append(values[frozenset(order[: place + 1])] - values[frozenset(order[:place])])
+    result = scores.shapley_values(values, players)
+    assert result == pytest.approx({player: np.mean(gain) for player, gain in gains.items()})
+    assert sum(result.values()) == pytest.approx(values[frozenset(players)] - values[frozenset()])
+
+
+# ------------------------------------------------------------------------------------ the paper's printed numbers
+
+
+def test_means_of_table_5_recompute():
+    """From its cells with Agarwal et al.'s random and human scores. The single-task mean does not: the paper prints
+    0.667, its cells give 0.694, because the MsPacman cell repeats KungFuMaster's 6310.5."""
+    table, printed = plot.atari_table(), pd.read_csv(plot.PAPER_TABLES / "table5.csv").iloc[-1]
+    assert len(table) == 26 and printed["game"] == "Mean"
+    means = {
+        agent: np.mean([drq.normalized_score(task, value, np.nan) for task, value in table[agent].items()])
+        for agent in table
+    }
+    for agent in ("Human", "SimPLe", "DER", "SPR", "DrQ", "BRC*"):
+        assert means[agent] == pytest.approx(printed[agent], abs=0.0006), agent
+    assert printed["BRC"] == 0.667 and means["BRC"] == pytest.approx(0.694, abs=0.0006)
+    assert table.loc["atari/mspacman", "BRC"] == table.loc["atari/kungfumaster", "BRC"] == 6310.5
+    without = table["BRC"].drop("atari/mspacman")  # what MsPacman would have to be for the printed mean
+    rest = sum(drq.normalized_score(task, value, np.nan) for task, value in without.items())
+    assert 26 * 0.667 - rest == pytest.approx(0.19, abs=0.02)
+
+
+def test_table_2_is_what_the_script_normalizes_with():
+    table = pd.read_csv(plot.PAPER_TABLES / "table2.csv")
+    assert len(table) == 36
+    for row in table.itertuples():
+        assert sac.HUMANOIDBENCH[row.task.partition("/")[2]] == (row.random, row.optimal)
+    assert set(sac.HUMANOIDBENCH) - {task.partition("/")[2] for task in table["task"]} == {"h1hand-cabinet"}
+
+
+def test_table_1_is_what_the_script_builds():
+    """Parameters of critics and targets at the paper's widths, in millions."""
+    sizes = {}
+    for run in EXPERIMENTS["table1"].runs(PAPER):
+        saved = {"script": "brc_sac_continuous", "critic_width": int(run.x),
+                 "env_info": {"num_tasks": 9, "observation_dim": 51, "action_dim": 19}}  # fmt: skip
+        sizes[int(run.x)] = scores.critic_parameters(saved) / 1e6
+    printed = {256: 1, 512: 4, 1024: 16, 2048: 64, 4096: 256, 8192: 1000}
+    assert list(sizes) == list(printed)
+    for width, size in sizes.items():
+        assert 0.9 < size / printed[width] < 1.4, (width, size)
+
+
+# -------------------------------------------------------------------------------------------- plots of synthetic runs
+
+
+def write_run(root: Path, run: Run, value, part: float = 1.0) -> Path:
+    """A run directory in the real layout, up to a part of its length; value(run, task, step) is the score."""
+    directory, tasks = root / run.name, launch.tasks_of(run, LAPTOP)
+    directory.mkdir(parents=True, exist_ok=True)
+    env_info = {"num_tasks": len(tasks), "task_names": list(tasks), "observation_dim": 5, "action_dim": 1}
+    saved = {"script": run.script.removesuffix(".py"), "critic_width": int(run.flag("--critic-width", "128")),
+             "critic_depth": 2, "seed": run.seed, "env_info": env_info}  # fmt: skip
+    (directory / "args.json").write_text(json.dumps(saved))
+
+    def write(name, header, rows):
+        with (directory / name).open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+    if "embedding" in run.argv:
+        for name, methods in (("embedding.csv", ("selected", "tuned")), ("heatmap.csv", ("heatmap",))):
+            rows = [(task, method, source, 300, 10, 5.0, value(run, task, 0), value(run, task, 0))
+                    for task in tasks for method in methods for source in ("a", "b")]  # fmt: skip
+            write(name, scores.EMBEDDING_COLUMNS, rows)
+        return directory
+    if not run.length:
+        return directory
+    rows = []
+    for step in range(0, int(run.length * part) + 1, int(run.flag("--eval-every"))):
+        for task in tasks:
+            score = value(run, task, step)
+            success = score if task.startswith(("metaworld/", "shadowhand/")) else ""
+            rows.append((step, 2 * step, step / 50, task, 10, 1000 * score, success, score))
+    write("eval.csv", scores.EVAL_COLUMNS, rows)
+    if "--log-task-statistics" in run.argv:
+        rng, n = np.random.default_rng(zlib.crc32(run.name.encode())), len(tasks)
+        (directory / "statistics").mkdir(exist_ok=True)
+        np.savez(directory / "statistics" / f"{run.length}.npz", task=np.array(tasks), td_loss=rng.random(n),
+                 gradient_cosine=np.full((n, n), -0.5 if run.seed == 1 else 0.5), gradient_norm=rng.random(n),
+                 entropy=rng.random(n), embedding=rng.normal(size=(n, 32)))  # fmt: skip
+    return directory
+
+
+def known(run: Run, task: str, step: int) -> float:
+    """Scores that differ by run and task, so that a mix-up of any two shows."""
+    return step / run.length * (zlib.crc32(f"{run.name} {task}".encode()) % 1000) / 1000 if run.length else 0.5
+
+
+def draw(*names: str, **options) -> int:
+    return plot.main(plot.Args(names, **{"reps": 50, **options}))
+
+
+def table_of(out: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(out / f"{name}-laptop.csv")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """All runs of all experiments at laptop scale."""
+    root = tmp_path_factory.mktemp("finished")
+    for run in experiments.unique_runs(list(EXPERIMENTS), LAPTOP):
+        write_run(root, run, known)
+    return root
+
+
+@pytest.fixture(scope="module")
+def drawn(finished, tmp_path_factory) -> tuple[Path, dict[str, str], str]:
+    """Output directory of every figure and table of the finished runs, title of each figure, and standard error."""
+    out, titles, error = tmp_path_factory.mktemp("drawn"), {}, io.StringIO()
+    save = matplotlib.figure.Figure.savefig
+
+    def savefig(figure, path, **options):
+        titles[Path(path).name] = " ".join(figure.get_suptitle().split())
+        save(figure, path, **options)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
+        patch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+        assert draw(*EXPERIMENTS, runs=finished, out=out) == 0
+    return out, titles, error.getvalue()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_figure_is_drawn(name, drawn):
+    out, titles, error = drawn
+    assert error == ""
+    suffixes = {"csv", "md"} | ({"png", "pdf"} if name not in ("table1", "table2") else set())
+    assert {path.name for path in out.glob(f"{name}-*")} == {f"{name}-laptop.{suffix}" for suffix in suffixes}
+    assert (table_of(out, name)["scale"] == "laptop").all()
+    assert f"{EXPERIMENTS[name].title}: laptop scale" in (out / f"{name}-laptop.md").read_text()
+    if "png" in suffixes:
+        assert titles[f"{name}-laptop.png"].startswith(f"{EXPERIMENTS[name].title}: laptop scale")
+        assert matplotlib.image.imread(out / f"{name}-laptop.png").std() > 0.05  # not a blank page
+        assert (out / f"{name}-laptop.pdf").read_bytes().startswith(b"%PDF")
+
+
+def expected_mean(runs: list[Run]) -> float:
+    return np.mean([[known(run, task, run.length) for task in launch.tasks_of(run, LAPTOP)] for run in runs])
+
+
+def test_numbers_of_the_tables(drawn):
+    """Cells of figures 4, 5, 6 and 24 and table 5 against means of what was written."""
+    out, _, _ = drawn
+    table = table_of(out, "figure4")
+    assert len(table) == 2 * 4 * 2
+    for row in table.itertuples():
+        runs = [run for run in EXPERIMENTS["figure4"].runs(LAPTOP)
+                if (run.panel, run.label, run.x) == (row.panel, row.label, row.x)]  # fmt: skip
+        assert (row.tasks, row.seeds) == (2, 2)
+        assert row.mean == pytest.approx(expected_mean(runs), abs=1e-5)
+        assert row.mean_low <= row.mean <= row.mean_high
+    bronet = table[(table["panel"] == "multi-task") & (table["label"] == "BroNet (CE)") & (table["x"] == 128)]
+    assert bronet["parameters"].item() == 341_524  # what the script prints for these two tasks at this width
+
+    rates = table_of(out, "figure5").query("panel == 'conflicting gradients'")
+    assert len(rates) == 4 and (rates["mean"] == 0.5).all()  # seed 1 always conflicts, seed 2 never
+
+    table = table_of(out, "figure6").query("panel == 'Shapley value'").set_index("label")
+    assert len(table) == 3
+    by_label = {label: expected_mean([r for r in EXPERIMENTS["figure6"].runs(LAPTOP) if r.label == label])
+                for label in {run.label for run in EXPERIMENTS["figure6"].runs(LAPTOP)}}  # fmt: skip
+    gains = {player: [] for player in ("SQ", "CE", "TE")}
+    for order in permutations(gains):
+        for place, player in enumerate(order):
+            names = [" + ".join(p for p in ("SQ", "CE", "TE") if p in group) or "none"
+                     for group in (order[: place + 1], order[:place])]  # fmt: skip
+            gains[player].append(by_label[names[0]] - by_label[names[1]])
+    for player, gain in gains.items():
+        assert table.loc[player, "mean"] == pytest.approx(np.mean(gain), abs=1e-5)
+
+    games = table_of(out, "table5").set_index("game")
+    runs = [run for run in EXPERIMENTS["table5"].runs(LAPTOP) if run.label == "BRC*"]
+    expected = np.mean([1000 * known(run, "atari/pong", run.length) for run in runs])
+    assert games.loc["atari/pong", "BRC* (ours, laptop)"] == pytest.approx(expected, rel=1e-4)
+    assert games.loc["atari/pong", "SPR"] == -5.4
+    assert list(table_of(out, "figure24").columns) == ["scale", "embedding", "shadowhand/pen"]
+
+
+def test_principal_components(finished, drawn):
+    """Against the eigenvectors of the covariance."""
+    table = table_of(drawn[0], "figure7")
+    for run in EXPERIMENTS["figure7"].runs(LAPTOP):
+        embedding = np.load(finished / run.name / "statistics" / f"{run.length}.npz")["embedding"]
+        _, vectors = np.linalg.eigh(np.cov(embedding.T))
+        expected = (embedding - embedding.mean(0)) @ vectors[:, [-1, -2]]
+        found = table[table["seed"] == run.seed][["component_1", "component_2"]].to_numpy()
+        np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
+
+
+def test_empty_runs(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    assert draw("figure4", "figure7", runs=tmp_path / "runs", out=tmp_path / "plots") == 1
+    error = capsys.readouterr().err
+    assert "figure4 (laptop scale): 48 of 48 runs not started" in error
+    assert "figure4 (laptop scale): nothing to plot" in error and "launch.py figure7 --scale laptop" in error
+    assert not (tmp_path / "plots").exists()
+
+
+def test_unfinished_and_damaged_runs(tmp_path, capsys):
+    """Curves go as far as the runs did; final scores come from finished ones; every fault is named once."""
+    root, by_label = tmp_path / "runs", {}
+    for run in EXPERIMENTS["figure9"].runs(LAPTOP):
+        by_label.setdefault((run.label, launch.tasks_of(run, LAPTOP)), {})[run.seed] = run
+        write_run(root, run, known)
+    (single_a, single_b), multi = [by_label[key] for key in by_label if key[0] == "BRC"], by_label[
+        next(key for key in by_label if key[0] == "BRC*")]  # fmt: skip
+    write_run(root, multi[2], known, part=0.5)  # unfinished
+    (root / single_a[1].name / "args.json").write_text('{"critic_width": ')
+    path = root / single_b[2].name / "eval.csv"
+    path.write_text(path.read_text()[:-30])  # cut in its last row, as by a kill
+    (root / single_b[1].name / "eval.csv").write_bytes(bytes(range(256)) * 4)
+    assert draw("figure9", "figure17", runs=root, out=tmp_path / "plots") == 0
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("figure9")]
+    for run, fault in ((multi[2], "unfinished: step 4,000 of 8,000"), (single_a[1], "damaged args.json"),
+                       (single_b[2], "damaged eval.csv: line 6"),
+                       (single_b[1], "damaged eval.csv: its first line")):  # fmt: skip
+        assert sum(f"{run.name}: " in line and fault in line for line in lines) == 1, (run.name, fault, error)
+    assert any("BRC: no mean, 1 of 2 tasks have a finished run" in line for line in lines)
+    table = table_of(tmp_path / "plots", "figure9")
+    assert list(table["label"]) == ["BRC*"] and table["seeds"].item() == 1
+    assert table["mean"].item() == pytest.approx(expected_mean([multi[1]]), abs=1e-5)
+    per_task = table_of(tmp_path / "plots", "figure17").set_index(["label", "task"])
+    task = launch.tasks_of(single_a[1], LAPTOP)[0]
+    assert per_task.loc[("BRC", task), "seeds"] == 2  # args.json is not needed for a curve
+    markdown = (tmp_path / "plots" / "figure9-laptop.md").read_text()
+    assert "Missing:" in markdown and multi[2].name in markdown
+
+
+def test_damaged_statistics(finished, tmp_path, capsys):
+    root = tmp_path / "runs"
+    runs = EXPERIMENTS["figure7"].runs(LAPTOP)
+    for run in runs:
+        write_run(root, run, known)
+    (root / runs[0].name / "statistics" / f"{runs[0].length}.npz").write_bytes(b"PK\x03\x04 no more")
+    assert draw("figure7", runs=root, out=tmp_path / "plots") == 0
+    assert f"{runs[0].name}: damaged statistics/{runs[0].length}.npz" in capsys.readouterr().err
+    assert set(table_of(tmp_path / "plots", "figure7")["seed"]) == {runs[1].seed}
+
+
+def test_published_curves_in_three_layouts(finished, tmp_path, capsys):
+    """The same curves as CSV and as the authors' arrays read alike; agents that lack a task are not averaged."""
+    values = np.array([[100.0, 500.0], [300.0, 700.0]])  # [seeds, evaluations]
+    folder = tmp_path / "results" / "humanoidbench_hard" / "BRC_multitask"
+    folder.mkdir(parents=True)
+    np.save(folder / "h1hand-sit_simple-v0.npy", values)
+    np.save(folder / "aggregate.npy", values)
+    lines = ["suite,agent,task,seed,step,value"]
+    lines += [f"hb-hard,multitask,humanoidbench/h1hand-sit-simple,{seed},{1_000_000 * (i + 1)},{values[seed, i]}"
+              for seed in range(2) for i in range(2)]  # fmt: skip
+    (tmp_path / "authors.csv").write_text("\n".join(lines) + "\n")
+    tree, table = (scores.read_reference(tmp_path / name) for name in ("results", "authors.csv"))
+    pd.testing.assert_frame_equal(tree, table)
+    assert table["agent"].unique().tolist() == ["BRC* (authors)"]
+    assert table["score"].iloc[1] == pytest.approx((500 - 10.768) / (750 - 10.768))
+
+    lines = ["agent,metric,task,seed,step,value"]
+    lines += ["x,return,metaworld/reach,1,10,4000", "x,success,metaworld/reach,1,10,1"]
+    for task in launch.tasks_of(EXPERIMENTS["figure1"].runs(LAPTOP)[-1], LAPTOP):
+        lines += [f"sac,return,{task},{seed},{step},{step / 1000 + seed}" for seed in (1, 2) for step in (0, 500_000)]
+    lines += ["half,return,dmc/cartpole-balance,1,500000,900"]
+    (tmp_path / "baselines.csv").write_text("\n".join(lines) + "\n")
+    reference = scores.read_reference(tmp_path / "baselines.csv")
+    assert reference[reference["task"] == "metaworld/reach"]["value"].tolist() == [1]
+    options = {"runs": finished, "out": tmp_path / "plots", "reference": (tmp_path / "baselines.csv",)}
+    assert draw("figure1", "figure4", "figure16", "figure17", **options) == 0
+    published = table_of(tmp_path / "plots", "figure1").query("source == 'published'")
+    assert published["label"].tolist() == ["sac (published), 500,000 steps"]
+    assert published["mean"].item() == pytest.approx(0.5015)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("figure99",), ("figure99", "figure4")), ((), ("nothing to plot", "figure4")),
+    (("figure4", "--runs", "no/such"), ("--runs no/such",)), (("figure4", "figure99"), ("figure99",)),
+    (("figure4", "--runs", ".", "--reference", "no.csv"), ("--reference no.csv",)),
+    (("figure4", "--runs", ".", "--reference", "README.md"), ("--reference README.md",)),
+    (("figure4", "--runs", ".", "--reference", "tests"), ("--reference tests",)),
+    (("figure4", "--runs", ".", "--reps", "0"), ("--reps",)),
+    (("figure4", "--runs", ".", "--out", "README.md"), ("--out",)),
+    (("tests",), ("no run",)), (("tests", "--out", "x.txt"), ("--out x.txt",)),
+])  # fmt: skip
+def test_bad_input_is_one_line(arguments, words, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert plot.main(plot.tyro.cli(plot.Args, args=list(arguments))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("left out")]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_curves_of_run_directories(tmp_path, capsys):
+    """README's use: groups by arguments, damaged runs are named and left out."""
+    runs = EXPERIMENTS["figure7"].runs(LAPTOP)
+    directories = [write_run(tmp_path, run, known) for run in runs]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    out = tmp_path / "curve.png"
+    args = plot.Args((*map(str, directories), str(broken)), out=out, labels=("ours",))
+    assert plot.main(args) == 0
+    output = capsys.readouterr()
+    assert f"left out {broken}: no args.json" in output.err and f"wrote {out}" in output.out
+    groups = [plot.read_run(directory)[0] for directory in directories]
+    assert groups[0] == groups[1]  # they differ in the seed only
+    curves = plot.read_run(directories[0])[1]
+    assert list(curves) == list(launch.tasks_of(runs[0], LAPTOP))
+    last = {task: points[-1] for task, points in curves.items()}
+    assert last == {task: (8000, pytest.approx(known(runs[0], task, 8000))) for task in curves}

@@ -1,0 +1,449 @@
+"""brc_embedding_transfer.py: what each protocol starts from and may change, and a family where embeddings are all."""
+
+import csv
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_files import assert_same, curve, error_line, started, wait_for_checkpoint
+
+import brc_embedding_transfer as brc
+import brc_sac_continuous as online
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gym_tasks  # noqa: F401 (registers the environments)
+
+SCRIPT = Path(brc.__file__)
+COUNTERS = ["gym/gym_tasks:Truncates3-v0", "gym/gym_tasks:Terminates5-v0"]  # 6 observations and 2 actions; 3 and 1
+SMALLER, LARGER = "gym/gym_tasks:Truncates20-v0", "gym/gym_tasks:Wide-v0"
+GOALS = [f"gym/gym_tasks:PointAt{degrees}-v0" for degrees in range(0, 360, 45)]
+NEW_GOALS = [f"gym/gym_tasks:PointAt{degrees}-v0" for degrees in range(22, 360, 90)]
+SMALL = "--critic-width 16 --critic-depth 1 --actor-width 16 --batch-size 16 --eval-episodes 1 --learning-starts 20"
+LEARN = "--batch-size 16 --eval-episodes 1 --learning-starts 20 --total-timesteps 40 --eval-every 20".split()
+
+
+@pytest.fixture(autouse=True)
+def worker_path(monkeypatch, shared_compiled_code, own_signal_handlers):
+    """Worker processes find gym_tasks."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent))
+
+
+def pretrain(run_root: Path, name: str, *arguments) -> Path:
+    argv = [*map(str, arguments), "--run-root", str(run_root), "--run-name", name]
+    online.main(online.parse_args(argv))
+    return run_root / name
+
+
+def transfer(run_root: Path, name: str, *arguments) -> Path:
+    argv = [*map(str, arguments), "--run-root", str(run_root), "--run-name", name]
+    brc.main(brc.parse_args(argv))
+    return run_root / name
+
+
+@pytest.fixture(scope="module")
+def counters(tmp_path_factory) -> Path:
+    """A pretrained run of two tasks of different sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent))
+        root = tmp_path_factory.mktemp("counters")
+        return pretrain(root, "many", "--env-ids", *COUNTERS, *SMALL.split(), "--total-timesteps", 60, "--seed", 3)
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory) -> Path:
+    """A pretrained run of eight goals on a circle, each of which it reaches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent))
+        run_dir = pretrain(
+            tmp_path_factory.mktemp("points"), "many", "--env-ids", *GOALS, "--critic-width", 64, "--critic-depth", 1,
+            "--actor-width", 64, "--batch-size", 256, "--discount", 0.95, "--learning-starts", 300, "--eval-episodes",
+            2, "--total-timesteps", 3000, "--eval-every", 3000,
+        )  # fmt: skip
+    last = [float(row["return"]) for row in curve(run_dir) if row["step"] == "3000"]
+    assert min(last) > 15, "pretraining failed: whatever follows says nothing"
+    return run_dir
+
+
+def loaded(run_dir: Path, **arguments) -> brc.Pretrained:
+    return brc.load_pretrained(brc.Args(pretrained=str(run_dir), **arguments))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -------------------------------------------------------------------------------------------------- the pretrained
+
+
+def test_defaults_are_the_papers():
+    args = brc.Args()
+    table = {"batch_size": 1024, "utd": 2, "polyak_tau": 5e-3, "actor_lr": 3e-4, "critic_lr": 3e-4,
+             "temperature_lr": 3e-4, "buffer_size": 1_000_000}  # fmt: skip
+    assert {name: getattr(args, name) for name in table} == table
+    assert args.adaptation_transitions == 300 and args.prior_fraction == 0.5 and args.total_timesteps == 500_000
+
+
+def test_loads_what_pretraining_saved(counters):
+    """Bit for bit what brc_sac_continuous.py itself resumes from, embeddings of norm 1, its G_i."""
+    pretrained = loaded(counters)
+    args = online.parse_args(["--resume", str(counters)])
+    blank = online.make_agent(args, 2, 6, 2, [2, 1]).init(0)
+    state, saved = online.load_checkpoint(counters, blank, online.Replay(2, 1060, 6, 2))
+    assert_same(tuple(pretrained.state), tuple(state))
+    np.testing.assert_allclose(np.abs(pretrained.embeddings).sum(axis=1), 1, rtol=1e-6)
+    assert pretrained.max_return.tolist() == saved["max_return"] and pretrained.step == 60
+
+
+def test_data_is_pretrainings_replay(counters):
+    pretrained = loaded(counters, protocol="data")
+    original = online.Replay(2, 1060, 6, 2)
+    args = online.parse_args(["--resume", str(counters)])
+    online.load_checkpoint(counters, online.make_agent(args, 2, 6, 2, [2, 1]).init(0), original)
+    assert_same(pretrained.replay, original)
+    assert original.valid.sum() == 45 + 50  # 60 steps: one in 4 resets, or one in 6
+
+
+# ------------------------------------------------------------------------------------------------ model transfer
+
+
+@pytest.mark.parametrize("init", ["mean", "random"])
+@pytest.mark.parametrize("load_optimizer", [False, True])
+def test_model_starts_with_the_pretrained_weights(counters, init, load_optimizer):
+    pretrained = loaded(counters)
+    args = brc.Args(pretrained=str(counters), load_optimizer=load_optimizer, discount=0.99)
+    fresh = brc.make_agent(args, pretrained.sizes, 1, True, 1).init(7)
+    embedding = pretrained.embeddings.mean(0) if init == "mean" else pretrained.embeddings[1]
+    state, old = brc.start_from_pretrained(args, pretrained, fresh, embedding), pretrained.state
+    for name in ("actor", "log_temperature"):
+        assert_same(getattr(state, name), getattr(old, name))
+    for name in ("critic", "target_critic"):
+        assert_same(getattr(state, name)["ensemble"], getattr(old, name)["ensemble"])
+        np.testing.assert_array_equal(getattr(state, name)["embedding"]["params"]["embedding"][0], embedding)
+    expected = old if load_optimizer else fresh
+    for name in ("actor_optimizer", "temperature_optimizer"):
+        assert_same(getattr(state, name), getattr(expected, name))
+    assert_same(state.critic_optimizer[0].mu["ensemble"], expected.critic_optimizer[0].mu["ensemble"])
+    assert state.critic_optimizer[0].count == (2 * 40 if load_optimizer else 0)
+    for name in ("mu", "nu"):  # of the embedding: the pretrained tasks' mean, or nothing yet
+        moments = [getattr(s.critic_optimizer[0], name)["embedding"]["params"]["embedding"] for s in (state, old)]
+        np.testing.assert_allclose(moments[0][0], moments[1].mean(0) if load_optimizer else 0, rtol=1e-5)
+
+
+def test_pretrained_policy_acts_the_same_in_both_scripts(counters):
+    """With a pretrained task's embedding, and that task: the actions and values of brc_sac_continuous.py."""
+    pretrained = loaded(counters)
+    observations = np.random.default_rng(0).normal(size=(1, 6)).astype(np.float32)
+    for task, action_dim in enumerate((2, 1)):
+        agent = brc.make_agent(brc.Args(discount=0.99), pretrained.sizes, 1, True, action_dim)
+        state, max_return = brc.candidates(pretrained)[task]
+        other = online.make_agent(online.parse_args(["--resume", str(counters)]), 2, 6, 2, [2, 1])
+        ours = agent.act_deterministic(state.actor, state.critic, observations, np.zeros(1, np.int32))
+        theirs = other.act_deterministic(
+            pretrained.state.actor, pretrained.state.critic, observations, np.array([task], np.int32)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        value = other.value(pretrained.state, np.repeat(observations, 2, axis=0), pretrained.max_return)[task]
+        np.testing.assert_allclose(agent.value(state, observations, max_return)[0], value, rtol=1e-4)
+
+
+def test_model_learns_from_the_new_task_alone(counters, tmp_path):
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN)
+    assert [row["step"] for row in curve(run_dir)] == ["0", "20", "40"]
+    args = brc.parse_args(["--resume", str(run_dir)])
+    pretrained = brc.load_pretrained(args)
+    replay = brc.Replay(1, 1040, 6, 2)
+    blank = brc.make_agent(args, pretrained.sizes, 1, True, 1).init(0)
+    state, saved = brc.load_checkpoint(run_dir, blank, replay)
+    assert saved["updates"] == 40 and replay.inserted == 40
+    assert state.critic["embedding"]["params"]["embedding"].shape == (1, 32)
+    moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.actor),
+             jax.tree.leaves(pretrained.state.actor), strict=True)]  # fmt: skip
+    assert all(moved), "an actor weight did not learn"
+
+
+def test_best_embedding_counts_its_transitions(counters, tmp_path, capsys):
+    run_dir = transfer(
+        tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--learning-starts", 30,
+        "--embedding-init", "best", "--adaptation-transitions", 30,
+    )  # fmt: skip
+    assert "best embedding after 30 transitions: gym/gym_tasks:" in capsys.readouterr().out
+    assert [row["step"] for row in curve(run_dir)] == ["30", "40"]
+
+
+def test_scratch_is_the_online_script(counters, tmp_path):
+    """The same seed and sizes: the same network, without embedding, as a single-task run of brc_sac_continuous.py."""
+    pretrained = loaded(counters)
+    ours = brc.make_agent(brc.Args(discount=0.99), pretrained.sizes, 1, False, 1).init(5)
+    args = online.Args(critic_width=16, critic_depth=1, actor_width=16)
+    assert_same(tuple(ours), tuple(online.make_agent(args, 1, 6, 2, [1]).init(5)))
+
+
+# --------------------------------------------------------------------------------------------------- data transfer
+
+
+def test_half_of_a_batch_is_prior_data(counters):
+    pretrained = loaded(counters, protocol="data")
+    new = brc.Replay(1, 50, 6, 2)
+    new.start(np.full((1, 6), 100.0))
+    for step in range(30):
+        new.insert(np.zeros((1, 2)), [step], [False], [True], np.full((1, 6), 100.0))
+    batch = brc.sample(np.random.default_rng(0), new, pretrained.replay, 8, 2, 16)
+    assert batch.observations.shape == (2, 16, 6)
+    for update in range(2):
+        is_new = batch.task_ids[update] == 0
+        assert is_new.sum() == 8 and set(batch.task_ids[update][~is_new]) <= {1, 2}
+        assert (batch.observations[update][is_new] == 100).all()
+        rows = {tuple(row) for row in pretrained.replay.observations.reshape(-1, 6).tolist()}
+        assert {tuple(row) for row in batch.observations[update][~is_new].tolist()} <= rows
+        for row, task in zip(batch.observations[update][~is_new], batch.task_ids[update][~is_new], strict=True):
+            assert (row[3:] == (7 if task == 1 else 0)).all(), "a transition of the other task"
+
+
+def test_each_task_keeps_its_own_scale_and_embedding(counters, tmp_path):
+    """Data transfer: G_i of pretraining for its tasks, the new task's own; three embeddings in one fresh critic."""
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "data")
+    args = brc.parse_args(["--resume", str(run_dir)])
+    pretrained = brc.load_pretrained(args)
+    blank = brc.make_agent(args, pretrained.sizes, 3, True, 1).init(0)
+    state, saved = brc.load_checkpoint(run_dir, blank, brc.Replay(1, 1040, 6, 2))
+    assert state.critic["embedding"]["params"]["embedding"].shape == (3, 32)
+    assert len(saved["max_return"]) == 1 and saved["max_return"][0] != pretrained.max_return[0]
+    agent = brc.make_agent(args, pretrained.sizes, 3, True, 1)
+    assert (np.asarray(state.entropy) != 0).all(), "a task had no row in any batch"
+    assert agent.value(state, np.zeros((1, 6), np.float32), np.array([1.0, 2.0, 3.0], np.float32)).shape == (1,)
+
+
+# ------------------------------------------------------------------------------------------- embedding, all frozen
+
+
+def adapted(run_dir: Path, *arguments):
+    """Explores and tunes on the first new task as the script does; returns (before, after, transitions used)."""
+    args = brc.parse_args(["--pretrained", str(run_dir), "--protocol", "embedding", *map(str, arguments)])
+    pretrained = brc.load_pretrained(args)
+    before = jax.tree.map(np.array, pretrained.state)
+    target = brc.resolve_tasks(args)[0]
+    envs = brc.target_envs(target, pretrained, 1, 0, "auto")
+    try:
+        agent = brc.make_agent(args, pretrained.sizes, 1, True, envs.action_dims[0])
+        replay = brc.Replay(1, 2 * args.adaptation_transitions + 100, 6, 2)
+        order = brc.explore_embeddings(args, agent, pretrained, envs, replay)
+    finally:
+        envs.close()
+    state, max_return = brc.candidates(pretrained)[order[0]]
+    batch = brc.all_transitions(replay)
+    tuned, *td = brc.tuned_embedding(args, agent, state, max_return, batch)
+    return before, pretrained.state, state, tuned, batch, td
+
+
+def test_frozen_means_frozen(counters):
+    """Bit for bit: no weight of actor, critic or target changes; the tuned agent has another embedding only."""
+    before, after, selected, tuned, _, (td_before, td_after) = adapted(counters, "--env-ids", SMALLER)
+    assert_same(tuple(before), tuple(after))
+    assert_same(tuned.actor, before.actor)
+    for name in ("critic", "target_critic"):
+        assert_same(getattr(tuned, name)["ensemble"], getattr(before, name)["ensemble"])
+    old, new = (s.critic["embedding"]["params"]["embedding"] for s in (selected, tuned))
+    assert not np.array_equal(old, new) and td_after < td_before
+    np.testing.assert_array_equal(new, tuned.target_critic["embedding"]["params"]["embedding"])
+
+
+@pytest.mark.parametrize("limit", [1, 24, 60, 300])
+def test_no_more_transitions_than_stated(counters, limit):
+    batch = adapted(counters, "--env-ids", SMALLER, "--adaptation-transitions", limit, "--embedding-updates", 1)[4]
+    assert len(batch.rewards) == limit
+    assert (batch.observations[:, 3:] == 0).all() and (batch.actions[:, 1] == 0).all()  # padding
+
+
+def test_td_cross_entropy_against_float64(counters):
+    """TD(e) of four transitions with num_atoms-wide loops: expected cross-entropy of both critics less y's entropy."""
+    args = brc.Args(pretrained=str(counters))
+    pretrained = brc.load_pretrained(args)
+    state, max_return = brc.candidates(pretrained)[0]
+    agent = brc.make_agent(args, pretrained.sizes, 1, True, 2)
+    rng = np.random.default_rng(0)
+    observations, actions, next_observations = (rng.normal(size=(4, n)).astype(np.float32) for n in (6, 2, 6))
+    rewards, terminated = np.float32([1, -2, 0.5, 3]), np.float32([0, 1, 0, 0])
+    batch = brc.Batch(observations, actions, rewards, terminated, next_observations, np.zeros(4, np.int32))
+    e = np.repeat(pretrained.embeddings[:1], 4, axis=0)
+    actor = brc.Actor(16, 1, 2, 1)
+    policy = actor.apply(state.actor, np.concatenate([batch.next_observations, e], 1), batch.task_ids)
+    next_actions, log_probs = brc.sample_action(jax.random.PRNGKey(0), *policy)
+
+    def distributions(critic, observations, actions):
+        network = brc.Critic(brc.BroNet, 16, 1, 101, 1)
+        inputs = np.concatenate([observations, actions, e], 1)
+        members = [jax.tree.map(lambda x: x[k], critic["ensemble"]) for k in range(2)]  # noqa: B023
+        logits = [np.asarray(network.apply(m, inputs, batch.task_ids), np.float64) for m in members]
+        exp = [np.exp(x - x.max(-1, keepdims=True)) for x in logits]
+        return [x / x.sum(-1, keepdims=True) for x in exp]
+
+    z, alpha = np.linspace(-10, 10, 101), float(np.exp(state.log_temperature))
+    scale = 10 / (max_return[0] + alpha * abs(float(state.entropy[0])) / (1 - pretrained.sizes.discount))
+    target = np.mean(distributions(state.target_critic, batch.next_observations, next_actions), axis=0)
+    predicted, expected = distributions(state.critic, batch.observations, batch.actions), 0.0
+    for row in range(4):
+        y = np.zeros(101)
+        for j in range(101):
+            value = batch.rewards[row] * scale + 0.99 * (1 - batch.terminated[row]) * (z[j] - alpha * log_probs[row])
+            place = (np.clip(value, -10, 10) + 10) / 0.2
+            low = min(int(place), 99)
+            y[low] += target[row, j] * (low + 1 - place)
+            y[low + 1] += target[row, j] * (place - low)
+        entropy = -sum(p * np.log(p) for p in y if p > 0)
+        expected += sum(-(y * np.log(p[row])).sum() - entropy for p in predicted) / 4
+    assert float(agent.td_cross_entropy(state, batch, jnp.asarray(max_return))) == pytest.approx(expected, rel=2e-3)
+
+
+def test_right_embedding_is_everything(points, tmp_path):
+    """Goals between the pretrained ones, which no observation shows: tuned beats random by a wide margin."""
+    assert_tuning_wins(points, tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_right_embedding_is_everything_on_other_seeds(points, tmp_path, seed):
+    assert_tuning_wins(points, tmp_path, seed)
+
+
+def assert_tuning_wins(points: Path, tmp_path: Path, seed: int) -> None:
+    run_dir = transfer(tmp_path, "run", "--pretrained", points, "--env-ids", *NEW_GOALS, "--protocol", "embedding",
+                       "--eval-episodes", 3, "--heatmap", "--seed", seed)  # fmt: skip
+    rows = rows_of(run_dir / "embedding.csv")
+    assert [(row["target"], row["method"]) for row in rows] == [
+        (goal, method) for goal in NEW_GOALS for method in ("selected", "tuned", "random", "mean")
+    ]
+    assert {row["transitions"] for row in rows} == {"300"}
+    returns = {method: np.mean([float(row["return"]) for row in rows if row["method"] == method])
+               for method in ("selected", "tuned", "random", "mean")}  # fmt: skip
+    assert returns["tuned"] > 14, returns  # 25 would be to start at the goal; pretrained goals give about 22
+    assert returns["tuned"] > 1.8 * returns["random"] and returns["tuned"] > 2 * returns["mean"], returns
+    assert returns["selected"] > returns["mean"], returns
+    for row in rows:
+        if row["method"] == "selected":  # one of the two neighbours on the circle
+            names = row["target"], row["embedding"]
+            goal, chosen = (int(name.removeprefix("gym/gym_tasks:PointAt").removesuffix("-v0")) for name in names)
+            assert min((goal - chosen) % 360, (chosen - goal) % 360) < 45, row
+    heatmap = rows_of(run_dir / "heatmap.csv")
+    assert {(row["target"], row["embedding"]) for row in heatmap} == {(t, s) for t in NEW_GOALS for s in GOALS}
+    assert (run_dir / "heatmap.png").stat().st_size > 10_000
+    assert len(curve(run_dir)) == 4
+    for goal in NEW_GOALS:
+        embedding = np.load(run_dir / "embeddings" / f"{brc.file_name(goal)}.npy", allow_pickle=False)
+        assert embedding.shape == (32,) and np.abs(embedding).sum() == pytest.approx(1, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ kill and resume
+
+
+@pytest.mark.parametrize("protocol", ["model", "data", "scratch"])
+def test_resume_continues_after_kill(counters, tmp_path, environment, run, protocol):
+    """kill -9 in mid-run: step counts, curve and updates go on as if nothing had been."""
+    slow = ["--env-ids", "gym/gym_tasks:Slow-v0", "--protocol", protocol, "--batch-size", 16, "--eval-episodes", 1,
+            "--learning-starts", 20, "--total-timesteps", 300, "--eval-every", 100, "--checkpoint-every", 50]
+    process = started(SCRIPT, ["--pretrained", counters, *slow, "--run-root", tmp_path, "--run-name", "run"],
+                      environment, tmp_path / "log")  # fmt: skip
+    wait_for_checkpoint(tmp_path / "run", 100, process, tmp_path / "log")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    result = run("--resume", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert [int(row["step"]) for row in curve(tmp_path / "run")] == list(range(0, 301, 100))
+    saved = json.loads((tmp_path / "run/checkpoints/300/checkpoint.json").read_text())
+    assert saved["updates"] == 2 * 280 and saved["replay_inserted"] >= 300
+
+
+def test_embedding_resumes_with_the_next_task(counters, tmp_path):
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, COUNTERS[1], "--protocol",
+                       "embedding", "--eval-episodes", 1, "--embedding-updates", 3)  # fmt: skip
+    whole = (run_dir / "embedding.csv").read_text()
+    for name, rows in (("embedding.csv", 4), ("eval.csv", 1)):  # as if it had been killed in the second task
+        lines = (run_dir / name).read_text().splitlines(keepends=True)
+        (run_dir / name).write_text("".join(lines[: 1 + rows]))
+    assert len(rows_of(run_dir / "embedding.csv")) == 4
+    brc.main(brc.parse_args(["--resume", str(run_dir)]))
+    assert (run_dir / "embedding.csv").read_text() == whole
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+def edited(counters: Path, tmp_path: Path, **arguments) -> Path:
+    """A copy of the pretrained run whose args.json says something else."""
+    copy = tmp_path / "edited"
+    shutil.copytree(counters, copy)
+    saved = json.loads((copy / "args.json").read_text())
+    for name, value in arguments.items():
+        (saved["env_info"] if name in saved["env_info"] else saved)[name] = value
+    (copy / "args.json").write_text(json.dumps(saved))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"script": "brc_offline_bc"}, "that run was made by brc_offline_bc, not by brc_sac_continuous"),
+        ({"task_names": [COUNTERS[0]]}, f"that run has one task, {COUNTERS[0]}; transfer needs several"),
+        ({"critic_arch": "mlp"}, "that run has --critic-arch mlp; transfer needs the paper's critic and embeddings"),
+        ({"task_conditioning": "heads"}, "that run has --task-conditioning heads"),
+        ({"normalize_returns": False}, "that run has --normalize-returns False"),
+    ],
+)
+def test_refuses_other_runs(counters, tmp_path, command_line, arguments, message):
+    status, stderr = command_line("--pretrained", edited(counters, tmp_path, **arguments), "--env-ids", SMALLER)
+    assert status == 2 and message in error_line(stderr)
+
+
+def test_refuses_damaged_runs(counters, tmp_path, command_line):
+    copy = edited(counters, tmp_path)
+    for path in (copy / "checkpoints").glob("*/checkpoint.json"):
+        path.write_text(path.read_text()[:-9])
+    status, stderr = command_line("--pretrained", copy, "--env-ids", SMALLER)
+    assert status == 2 and "none of its checkpoints is whole" in error_line(stderr)
+    shutil.rmtree(copy / "checkpoints")
+    status, stderr = command_line("--pretrained", copy, "--env-ids", SMALLER)
+    assert status == 2 and "that run has no checkpoint yet" in error_line(stderr)
+    (copy / "args.json").write_text("{")
+    status, stderr = command_line("--pretrained", copy, "--env-ids", SMALLER)
+    assert status == 2 and "no run of brc_sac_continuous.py there" in error_line(stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env-ids", LARGER], "has 2000 observations, the pretrained agent of "),
+        (["--env-ids", "gym/gym_tasks:Nothing-v0"], "Nothing"),
+        (["--env-ids", "metaworld/nothing"], "unknown task 'metaworld/nothing'; metaworld/ has: assembly, "),
+        (["--suite", "nothing"], "unknown suite 'nothing'; suites: metaworld-transfer, "),
+        (["--env-ids", SMALLER, COUNTERS[0]], "--protocol model learns one task a run, not 2"),
+        (["--env-ids", SMALLER, "--heatmap"], "--heatmap goes with --protocol embedding, not model"),
+        (["--env-ids", SMALLER, "--prior-fraction", "1.5"], "--prior-fraction 1.5: must be in [0, 1)"),
+        (["--env-ids", SMALLER, "--adaptation-transitions", "0"], "--adaptation-transitions 0: must be"),
+        ([], "no new task: give --env-ids"),
+    ],
+)
+def test_bad_input_is_one_line(counters, command_line, tmp_path, arguments, message):
+    status, stderr = command_line("--pretrained", counters, *arguments, "--run-root", tmp_path)
+    assert status == 2 and message in error_line(stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_pretrained_run(command_line):
+    status, stderr = command_line("--env-ids", SMALLER)
+    assert status == 2 and "no pretrained agent: give --pretrained" in error_line(stderr)
+    status, stderr = command_line("--pretrained", "runs/nowhere", "--env-ids", SMALLER)
+    assert status == 2 and "--pretrained runs/nowhere: no run of brc_sac_continuous.py there" in error_line(stderr)
+
+
+def test_resume_refuses_what_is_finished_or_changed(counters, tmp_path, command_line):
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "scratch")
+    status, stderr = command_line("--resume", run_dir)
+    assert status == 2 and "is finished (step 40); to go on, give a larger --total-timesteps" in error_line(stderr)
+    status, stderr = command_line("--resume", run_dir, "--protocol", "model")
+    assert status == 2 and "a resumed run cannot change --protocol" in error_line(stderr)
