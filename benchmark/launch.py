@@ -176,10 +176,11 @@ class Job:
 
 # Seconds per vector step of the environments alone (README, Speed: 2 cores; 16 cores step about 6 times as many), and
 # what is added to them: the updates' operations over a rate, here that of one CPU core and of an A100 in float32.
-ENV_SECONDS = {"metaworld": 1.4e-4, "dmc": 3e-4, "humanoidbench": 1.2e-3, "shadowhand": 1e-3, "atari": 6e-4}
+ENV_SECONDS = {"metaworld": 1.4e-4, "dmc": 3e-4, "humanoidbench": 1.2e-3, "shadowhand": 1e-3, "atari": 6e-4,
+               "gym": 1e-4}  # fmt: skip
 OPERATIONS_PER_SECOND = {"laptop": 5e10, "paper": 4e13}
 START_SECONDS = {"laptop": 15, "paper": 120}
-DIMENSIONS = {"metaworld": 43, "dmc": 88, "humanoidbench": 369, "shadowhand": 88}  # |S| + |A|, for estimates
+DIMENSIONS = {"metaworld": 43, "dmc": 88, "humanoidbench": 369, "shadowhand": 88, "gym": 20}  # |S| + |A|, roughly
 
 
 def estimated_hours(run, tasks: tuple[str, ...], scale: str) -> float:

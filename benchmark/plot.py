@@ -118,8 +118,8 @@ class Data:
 
 
 def summarize(data: Data, rows: pd.DataFrame, by=("panel", "label", "x"), planned: list[str] | None = None):
-    """Mean, IQM and median score of every group of runs, as a table. A mean over fewer tasks would be another number than
-    the one beside it: a group that lacks some is left out."""
+    """Mean, IQM and median score of every group of runs, as a table. A mean over fewer tasks could not stand beside the
+    others, so a group that lacks some is left out."""
     out = []
     for key in dict.fromkeys(tuple(getattr(run, name) for name in by) for run in data.runs):
         named, group = dict(zip(by, key, strict=True)), rows

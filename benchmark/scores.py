@@ -173,7 +173,7 @@ def read_reference(path: Path) -> pd.DataFrame:
         try:
             table = pd.read_csv(path)
         except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
-            raise BadReference(f"--reference {path}: {error}") from error
+            raise BadReference(f"--reference {path}: {' '.join(str(error).split())}") from error
         columns = ["agent", "task", "seed", "step", "value"]
         if missing := [name for name in columns if name not in table]:
             raise BadReference(f"--reference {path}: a CSV file needs columns {', '.join(columns)}; it lacks "

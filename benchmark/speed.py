@@ -1,12 +1,17 @@
-"""How fast brc_sac_continuous.py is, as ratios measured in one run of one machine.
+"""How fast brc_sac_continuous.py and brc_drq_atari.py are, as ratios measured in one run of one machine.
 
-Four questions, each answered on the script's own code:
-  1. update   what share of the machine's float32 matrix product does the compiled update reach?
-  2. loop     of the training loop's wall time, how much is neither environment nor update?
-  3. overlap  with environments that sleep, how close is a step to max(environment, update)?
-  4. environments  how many vector steps per second do the parallel environments make, and how many does a plain loop?
+Five questions, each answered on the scripts' own code:
+  1. update   what share of the machine's matrix product and memory rates does the compiled update reach, and how long
+              does acting take?
+  2. steps    how many vector steps per second do environments and updates make together, with and without overlap?
+  3. loop     of the training loop's wall time, how much is neither environment nor update?
+  4. overlap  with environments that sleep, how close is a step to max(environment, update)?
+  5. environments  how many vector steps per second do the parallel environments make, and how many does a plain loop?
 
   python benchmark/speed.py update --widths 256 1024 --batch-size 1024
+  python benchmark/speed.py update --script drq --widths 512 --dtype bfloat16 --calls 2     # Table 4's size
+  python benchmark/speed.py steps --env-ids dmc/walker-walk metaworld/reach --critic-width 128 --batch-size 128
+  python benchmark/speed.py steps --script drq --env-ids atari/pong --encoder-channels 8 16 16 --batch-size 32
   python benchmark/speed.py loop --env-ids dmc/walker-walk metaworld/reach --critic-width 128 --batch-size 128
   python benchmark/speed.py overlap
   python benchmark/speed.py environments --suites metaworld dmc-dogs mw-dmc
@@ -17,14 +22,16 @@ Absolute times depend on the machine and on what else runs there; the ratios are
 import contextlib
 import io
 import json
+import os
 import platform
+import resource
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +39,45 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import brc_drq_atari as drq
 import brc_sac_continuous as brc
 
+ScriptName = Literal["sac", "drq"]
+NumberFormat = Literal["float32", "bfloat16"]
 
-def seconds_per_call(function, min_seconds: float = 2.0) -> float:
-    """Median over repeated calls, after one warm-up call; `function` blocks until its result is ready."""
+
+def seconds_per_call(function, min_seconds: float = 2.0, calls: int | None = None) -> float:
+    """Median over repeated calls, after one warm-up call; `function` blocks until its result is ready.
+
+    calls: how many to time (default: as many as fit into min_seconds, at least 3).
+    """
     function()
     times, end = [], time.perf_counter() + min_seconds
-    while time.perf_counter() < end or len(times) < 3:
+    while len(times) < calls if calls else time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
     return float(np.median(times))
 
 
-def matmul_rate(size: int = 2048) -> float:
-    """Float32 operations per second of a square matrix product on this machine."""
-    matrix = jnp.ones((size, size), jnp.float32)
+def matmul_rate(size: int = 2048, dtype: NumberFormat = "float32") -> float:
+    """Operations per second of a square matrix product on this machine."""
+    matrix = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     return 2 * size**3 / seconds_per_call(lambda: product(matrix, matrix).block_until_ready())
+
+
+def memory_rate(megabytes: int = 256) -> float:
+    """Bytes per second that a pass over a large array reads and writes on this machine."""
+    array = jnp.ones(megabytes * 250_000, jnp.float32)
+    shift = jax.jit(lambda x: x + 1)
+    return 2 * array.nbytes / seconds_per_call(lambda: shift(array).block_until_ready())
+
+
+def peak_memory() -> float:
+    """Largest memory so far, in bytes: of the GPU where there is one, else of this process."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def random_batch(utd: int, batch_size: int, observation_dim: int, action_dim: int, num_tasks: int) -> brc.Batch:
@@ -60,6 +87,14 @@ def random_batch(utd: int, batch_size: int, observation_dim: int, action_dim: in
     rewards, terminated = rng.normal(size=shape).astype(np.float32), np.zeros(shape, np.float32)
     task_ids = rng.integers(num_tasks, size=shape).astype(np.int32)
     return brc.Batch(observations, actions, rewards, terminated, next_observations, task_ids)
+
+
+def random_frames(utd: int, batch_size: int, num_actions: int, num_tasks: int) -> drq.Batch:
+    rng, shape = np.random.default_rng(0), (utd, batch_size)
+    frames, next_frames = rng.integers(256, size=(2, *shape, drq.STACK, *drq.FRAME), dtype=np.uint8)
+    actions = rng.integers(num_actions, size=shape).astype(np.int32)
+    returns, discounts = rng.normal(size=shape).astype(np.float32), np.full(shape, 0.97, np.float32)
+    return drq.Batch(frames, actions, returns, discounts, next_frames, rng.integers(num_tasks, size=shape))
 
 
 def matmul_flops(args: brc.Args, observation_dim: int, action_dim: int, embedding_dim: int) -> float:
@@ -76,55 +111,207 @@ def matmul_flops(args: brc.Args, observation_dim: int, action_dim: int, embeddin
     return 2 * args.utd * args.batch_size * (6 * args.num_critics * critic + 4 * actor)
 
 
+def convolution_flops(args: drq.Args, num_actions: int, embedding_dim: int) -> float:
+    """The same for DrQ: convolutions and dense layers. Per image: two forward passes for the target, one forward and
+    two backward products for the loss, of which the first convolution needs no product towards its input."""
+    side, channels_in, products, first = drq.FRAME[0], drq.STACK, 0, 0
+    for channels in args.encoder_channels:
+        convolution = side**2 * 9 * channels_in * channels
+        first = first or convolution
+        side, channels_in = -(-side // 2), channels
+        products += convolution + 4 * side**2 * 9 * channels**2
+    inputs = side**2 * channels_in + embedding_dim
+    for outputs in (*[args.critic_width] * args.critic_depth, num_actions * args.num_atoms):
+        products, inputs = products + inputs * outputs, outputs
+    return 2 * args.utd * args.batch_size * (5 * products - first)
+
+
 @dataclass
 class Update:
-    """Share of the machine's matrix-product rate that the update reaches."""
+    """Cost of the update of one vector step and of acting, and the share of the machine's rates that it reaches."""
 
-    widths: tuple[int, ...] = (256, 512, 1024)
-    """critic widths"""
-    batch_size: int = 1024
-    """transitions per update"""
+    script: ScriptName = "sac"
+    """brc_sac_continuous.py or brc_drq_atari.py"""
+    widths: tuple[int, ...] | None = None
+    """critic widths (default: 256 512 1024; drq: 512)"""
+    batch_size: int | None = None
+    """transitions per update (default: the script's)"""
+    dtype: NumberFormat = "float32"
+    """drq: format in which the encoder computes; sac: precision of matrix products, which a CPU does not change"""
     observation_dim: int = 39
-    """|S|"""
+    """sac: |S|"""
     action_dim: int = 6
-    """|A|"""
+    """sac: |A|"""
+    encoder_channels: tuple[int, ...] = (128, 256, 256)
+    """drq: channels of the encoder's sections"""
     num_tasks: int = 10
     """tasks"""
+    calls: int | None = None
+    """timed calls (default: as many as fit into 5 seconds, at least 3)"""
 
     def __call__(self) -> list[dict]:
-        rows = []
-        for width in self.widths:
-            args = brc.Args(critic_width=width, batch_size=self.batch_size)
+        if self.script == "sac" and self.dtype == "bfloat16":
+            jax.config.update("jax_default_matmul_precision", "bfloat16")
+        return [self.measure(width) for width in self.widths or ((512,) if self.script == "drq" else (256, 512, 1024))]
+
+    def measure(self, width: int) -> dict:
+        module, sizes = {"sac": brc, "drq": drq}[self.script], {"critic_width": width}
+        if self.batch_size:
+            sizes["batch_size"] = self.batch_size
+        task_ids, key = np.arange(self.num_tasks), jax.random.PRNGKey(0)
+        if self.script == "sac":
+            args = brc.Args(**sizes)
             agent = brc.make_agent(args, self.num_tasks, self.observation_dim, self.action_dim)
-            batches = random_batch(args.utd, self.batch_size, self.observation_dim, self.action_dim, self.num_tasks)
-            max_return = np.full(self.num_tasks, 50, np.float32)
-            holder = [agent.init(0)]
-
-            def update(agent=agent, batches=batches, max_return=max_return, holder=holder):
-                holder[0] = jax.block_until_ready(agent.update(holder[0], batches, max_return)[0])
-
-            # The product is measured before and after, since another process may take its share of the machine.
-            before, seconds, after = matmul_rate(), seconds_per_call(update, 5), matmul_rate()
+            batches = random_batch(args.utd, args.batch_size, self.observation_dim, self.action_dim, self.num_tasks)
             flops = matmul_flops(args, self.observation_dim, self.action_dim, args.embedding_size)
-            rows.append({
-                "width": width, "batch_size": self.batch_size, "ms_per_step": round(1e3 * seconds, 2),
-                "gflop_per_step": round(flops / 1e9, 2), "gflop_per_s": round(flops / seconds / 1e9, 1),
-                "matmul_gflop_per_s": round((before + after) / 2e9, 1),
-                "share_of_matmul": round(2 * flops / seconds / (before + after), 3),
-            })  # fmt: skip
-        return rows
+            observations = batches.observations[0, : self.num_tasks]
+            act = lambda state: agent.act(state.actor, state.critic, key, 0, observations, task_ids)  # noqa: E731
+        else:
+            num_actions = 18  # the full action space
+            args = drq.Args(**sizes, encoder_channels=self.encoder_channels, dtype=self.dtype)
+            agent = drq.make_agent(args, self.num_tasks, num_actions)
+            batches = random_frames(args.utd, args.batch_size, num_actions, self.num_tasks)
+            flops = convolution_flops(args, num_actions, args.embedding_size)
+            frames = np.resize(batches.frames[0], (self.num_tasks, drq.STACK, *drq.FRAME))
+            act = lambda state: agent.act(state.critic, key, 0, frames, task_ids, 0.1)  # noqa: E731
+        max_return, holder = np.full(self.num_tasks, 50, np.float32), [agent.init(0)]
+        compiled = agent.update.lower(holder[0], batches, max_return).compile()
+        counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+
+        def update():
+            holder[0] = jax.block_until_ready(compiled(holder[0], batches, max_return)[0])
+
+        # Rates are measured before and after, since another process may take its share of the machine.
+        rate_dtype = self.dtype if module is drq else "float32"
+        before, seconds, after = matmul_rate(dtype=rate_dtype), seconds_per_call(update, 5, self.calls), matmul_rate(
+            dtype=rate_dtype)  # fmt: skip
+        memory_bandwidth = memory_rate()
+        acting = seconds_per_call(lambda: np.asarray(act(holder[0])), 1)
+        moved = counted.get("bytes accessed", float("nan"))
+        used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        used -= memory.alias_size_in_bytes
+        return {
+            "script": self.script, "width": width, "batch_size": args.batch_size, "dtype": self.dtype,
+            "ms_per_step": round(1e3 * seconds, 2), "acting_ms": round(1e3 * acting, 3),
+            "gflop_per_step": round(flops / 1e9, 2),
+            "gflop_counted_by_xla": round(counted.get("flops", float("nan")) / 1e9, 2),
+            "gbyte_counted_by_xla": round(moved / 1e9, 3), "gflop_per_s": round(flops / seconds / 1e9, 1),
+            "matmul_gflop_per_s": round((before + after) / 2e9, 1),
+            "share_of_matmul": round(2 * flops / seconds / (before + after), 3),
+            "gbyte_per_s": round(moved / seconds / 1e9, 2), "memory_gbyte_per_s": round(memory_bandwidth / 1e9, 2),
+            "share_of_memory": round(moved / seconds / memory_bandwidth, 3),
+            "update_memory_mb": round(used / 1e6, 1), "peak_memory_mb": round(peak_memory() / 1e6, 1),
+        }  # fmt: skip
 
 
-def run_script(argv: list[str], make_agent=None, parallel_envs=None) -> None:
-    """Runs the script's own main() in this process, quietly, in a run directory that is thrown away."""
-    originals = brc.make_agent, brc.ParallelEnvs
-    brc.make_agent, brc.ParallelEnvs = make_agent or originals[0], parallel_envs or originals[1]
+def run_script(argv: list[str], make_agent=None, parallel_envs=None, module=brc) -> None:
+    """Runs a script's own main() in this process, quietly, in a run directory that is thrown away."""
+    originals = module.make_agent, module.ParallelEnvs
+    module.make_agent, module.ParallelEnvs = make_agent or originals[0], parallel_envs or originals[1]
     try:
         with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
             with contextlib.redirect_stderr(io.StringIO()):
-                brc.main(brc.parse_args([*argv, "--run-root", root]))
+                module.main(module.parse_args([*argv, "--run-root", root]))
     finally:
-        brc.make_agent, brc.ParallelEnvs = originals
+        module.make_agent, module.ParallelEnvs = originals
+
+
+@dataclass
+class Steps:
+    """Vector steps per second of environments alone and of the script's whole loop, as it is and with every update
+    waited for before the environments start to step. A vector step is one step of every task, with its updates."""
+
+    script: ScriptName = "sac"
+    """brc_sac_continuous.py or brc_drq_atari.py"""
+    env_ids: tuple[str, ...] = ("metaworld/reach", "metaworld/door-close", "metaworld/drawer-close")
+    """tasks"""
+    critic_width: int = 128
+    """critic width"""
+    batch_size: int = 128
+    """transitions per update"""
+    encoder_channels: tuple[int, ...] = (8, 16, 16)
+    """drq: channels of the encoder's sections"""
+    steps: int = 500
+    """steps with updates to time"""
+    seconds: float = 5.0
+    """time to step the environments alone"""
+
+    def __call__(self) -> list[dict]:
+        module = {"sac": brc, "drq": drq}[self.script]
+        environment = 1 / self.environments_alone(module)
+        overlapped, _ = self.loop(module, serial=False)
+        serial, update = self.loop(module, serial=True)
+        return [{
+            "script": self.script, "tasks": len(self.env_ids), "width": self.critic_width,
+            "batch_size": self.batch_size, "environment_ms": round(1e3 * environment, 3),
+            "update_ms": round(1e3 * update, 3), "step_ms": round(1e3 * overlapped, 3),
+            "step_ms_without_overlap": round(1e3 * serial, 3),
+            "environment_vector_steps_per_second": round(1 / environment, 1),
+            "steps_per_second": round(1 / overlapped, 1), "steps_per_second_without_overlap": round(1 / serial, 1),
+            "peak_memory_mb": round(peak_memory() / 1e6, 1),
+        }]  # fmt: skip
+
+    def environments_alone(self, module) -> float:
+        """Vector steps per second with random actions."""
+        rng, envs = np.random.default_rng(0), module.ParallelEnvs(list(self.env_ids), 1, 0, "auto")
+        envs.reset()
+        calls, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < self.seconds:
+            if module is brc:
+                envs.send(rng.uniform(-1, 1, (envs.size, envs.action_dim)).astype(np.float32))
+            else:
+                envs.send(rng.integers(envs.action_dims))
+            envs.recv()
+            calls += 1
+        envs.close()
+        return calls / elapsed
+
+    def loop(self, module, serial: bool) -> tuple[float, float]:
+        """Seconds per vector step of the script's loop, and of a waited-for update (serial only)."""
+        marks, update_seconds, original = [], [], (module.make_agent, module.tqdm, module.evaluate)
+
+        def make_agent(*args):
+            agent = original[0](*args)
+
+            def update(*arguments):
+                start = time.perf_counter()
+                result = jax.block_until_ready(agent.update(*arguments))
+                update_seconds.append(time.perf_counter() - start)
+                return result
+
+            return agent._replace(update=update) if serial else agent
+
+        class Envs(module.ParallelEnvs):
+            """Steps only when the results are asked for, after the update."""
+
+            def send(self, actions):
+                self.actions = actions
+
+            def recv(self):
+                super().send(self.actions)
+                return super().recv()
+
+        class Progress(module.tqdm):
+            def update(self, n=1):
+                marks.append(time.perf_counter())
+                return super().update(n)
+
+        def evaluate(agent, state, envs, *_):
+            return (np.zeros((len(self.env_ids), 1)),) * 2
+
+        warm_up, starts = 20, 100
+        argv = ["--env-ids", *self.env_ids, "--critic-width", self.critic_width, "--batch-size", self.batch_size,
+                "--learning-starts", starts, "--total-timesteps", starts + warm_up + self.steps, "--eval-every", 10**9,
+                "--eval-episodes", 1, "--checkpoint-every", 10**9]  # fmt: skip
+        if module is drq:
+            argv += ["--encoder-channels", *self.encoder_channels]
+        module.tqdm, module.evaluate = Progress, evaluate
+        try:
+            run_script([str(word) for word in argv], make_agent, Envs if serial else None, module)
+        finally:
+            _, module.tqdm, module.evaluate = original
+        wall = (marks[-1] - marks[starts + warm_up - 1]) / self.steps
+        return wall, float(np.median(update_seconds)) if serial else float("nan")
 
 
 @dataclass
@@ -359,6 +546,7 @@ class Environments:
 def main() -> None:
     Command = (
         Annotated[Update, tyro.conf.subcommand("update")]
+        | Annotated[Steps, tyro.conf.subcommand("steps")]
         | Annotated[Loop, tyro.conf.subcommand("loop")]
         | Annotated[Overlap, tyro.conf.subcommand("overlap")]
         | Annotated[Environments, tyro.conf.subcommand("environments")]
@@ -372,7 +560,7 @@ def main() -> None:
     device = jax.devices()[0]
     print(json.dumps({
         "command": sys.argv[1:], "device": device.device_kind, "cpu": platform.processor() or platform.machine(),
-        "jax": jax.__version__, "rows": rows,
+        "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__, "rows": rows,
     }))  # fmt: skip
 
 
