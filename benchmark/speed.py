@@ -113,7 +113,8 @@ def matmul_flops(args: brc.Args, observation_dim: int, action_dim: int, embeddin
 
 def convolution_flops(args: drq.Args, num_actions: int, embedding_dim: int) -> float:
     """The same for DrQ: convolutions and dense layers. Per image: two forward passes for the target, one forward and
-    two backward products for the loss, of which the first convolution needs no product towards its input."""
+    two backward products for the loss, of which the first convolution needs no product towards its input. Products with
+    the zeros around an image count, which XLA leaves out."""
     side, channels_in, products, first = drq.FRAME[0], drq.STACK, 0, 0
     for channels in args.encoder_channels:
         convolution = side**2 * 9 * channels_in * channels
@@ -560,7 +561,7 @@ def main() -> None:
     device = jax.devices()[0]
     print(json.dumps({
         "command": sys.argv[1:], "device": device.device_kind, "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__, "rows": rows,
+        "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "jax": jax.__version__, "rows": rows,
     }))  # fmt: skip
 
 
