@@ -6,8 +6,8 @@
 
 Finished runs are skipped, stopped ones continue from their checkpoint, failed ones are reported with the last line of
 their log (RUN_DIR/log.txt) and start again when the same command is given again. Runs that several figures share are
-done once. On Slurm every run is one job of an array with a GPU of its own; what is preempted, requeued or out of time
-writes a checkpoint and continues with --resume.
+done once, and two launchers may share a run root. On Slurm every run is one job of an array with a GPU of its own; what
+is preempted, requeued or out of time writes a checkpoint and continues with --resume.
 """
 
 import csv
@@ -238,6 +238,9 @@ def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
                 break
             waiting.remove(job := ready[0])
             try:
+                if job.state() == "finished":  # by another launcher, since this one began
+                    outcomes[job.name] = "finished"
+                    continue
                 job.start()
             except BlockingIOError:
                 outcomes[job.name] = "skipped: another launcher runs it"

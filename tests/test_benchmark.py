@@ -3,6 +3,7 @@ unfinished, empty and damaged run directories."""
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -170,6 +171,22 @@ def test_launcher_runs_stops_resumes_skips_and_reports(monkeypatch, tmp_path, en
     monkeypatch.setitem(EXPERIMENTS, "tiny", experiments.Experiment("tiny runs", lambda scale: [good, long]))
     assert launch.main(args) == 0
     assert "# 2 runs, 2 finished" in capsys.readouterr().out
+
+
+def test_two_launchers_share_a_run_root(tmp_path):
+    """What another launcher has finished or is running is not started again."""
+    runs = [tiny("gym/gym_tasks:Truncates20-v0", 60, tag) for tag in ("done", "running")]
+    jobs = [launch.Job(run.name, ["no-such-script.py"], run.length, str(tmp_path / run.name), str(tmp_path), [])
+            for run in runs]  # fmt: skip
+    done, running = (tmp_path / run.name for run in runs)
+    done.mkdir()
+    (done / "eval.csv").write_text(",".join(scores.EVAL_COLUMNS) + "\n60,0,1,x,1,1,,1\n")
+    running.mkdir()
+    with (running / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcomes = launch.run_local(jobs, 2)
+    assert outcomes == {runs[0].name: "finished", runs[1].name: "skipped: another launcher runs it"}
+    assert not (done / "log.txt").exists() and not (running / "log.txt").exists()
 
 
 def test_launcher_refuses_bad_input(capsys):
