@@ -153,10 +153,12 @@ def published_summary(data: Data, panel: str, tasks: list[str]) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def with_published(data: Data, table: pd.DataFrame, tasks: list[str] | None = None) -> pd.DataFrame:
+def with_published(data: Data, table: pd.DataFrame, panels: list[str] | None = None) -> pd.DataFrame:
+    """The table with a row for every published agent that has all tasks of a panel."""
     if data.reference.empty or table.empty:
         return table
-    more = [published_summary(data, panel, tasks or data.planned(panel)) for panel in table["panel"].unique()]
+    panels = table["panel"].unique() if panels is None else panels
+    more = [published_summary(data, panel, data.planned(panel)) for panel in panels]
     return pd.concat([table, *(rows for rows in more if len(rows))], ignore_index=True)
 
 
@@ -215,19 +217,20 @@ def curve_axes(data: Data, axis, panel: str, ours: dict[str, pd.DataFrame], task
 
 
 def bars(data: Data):
-    """Figures 1 and 3 (right): final scores, a panel per benchmark and one over all tasks."""
+    """Figure 1: final scores, a panel per benchmark and one over all tasks with continuous actions."""
     table = summarize(data, data.final, ("panel", "label"))
-    table = with_published(data, table)
-    if len(data.panels()) > 1:
-        everything = data.final.assign(panel="all", task=data.final["panel"] + " " + data.final["task"])
-        per_panel = {(panel, label) for panel, label in zip(data.final["panel"], data.final["label"], strict=True)}
-        whole = [label for label in data.labels() if all((panel, label) in per_panel for panel in data.panels())]
+    continuous = [panel for panel in data.panels() if not data.planned(panel)[0].startswith("atari/")]
+    if len(continuous) > 1:
+        rows = data.final[data.final["panel"].isin(continuous)]
+        rows = rows.assign(task=rows["panel"] + " " + rows["task"])
         out = []
-        for label in whole:  # only what has every panel: other means would be over other tasks
-            matrix, _ = scores.score_matrix(everything[everything["label"] == label])
-            out.append({"panel": "all", "label": label, **scores.summary(matrix, data.reps)})
+        for label in data.labels():  # only what has every panel: other means would be over other tasks
+            if set(continuous) <= set(table[table["label"] == label]["panel"]):
+                matrix, _ = scores.score_matrix(rows[rows["label"] == label])
+                out.append({"panel": "all continuous", "label": label, **scores.summary(matrix, data.reps)})
         if out:
             table = pd.concat([pd.DataFrame(out), table], ignore_index=True)
+    table = with_published(data, table, [panel for panel in data.panels() if panel in set(table["panel"])])
     panels = list(dict.fromkeys(table["panel"]))
     figure, axes = new_figure(1, max(len(panels), 1))
     for axis, panel in zip(axes.flat, panels, strict=False):

@@ -433,6 +433,27 @@ def test_numbers_of_the_tables(drawn):
     assert list(table_of(out, "figure24").columns) == ["scale", "embedding", "shadowhand/pen"]
 
 
+def test_mean_over_all_panels(monkeypatch, tmp_path, capsys):
+    """Figure 1's mean over benchmarks: of continuous actions only, and only for what ran on all of them."""
+    benchmarks = {"cartpole": ("hb-medium",), "drawer": ("metaworld",), "Atari": ("atari",)}
+    scale = replace(LAPTOP, benchmarks=benchmarks)
+    monkeypatch.setitem(SCALES, "laptop", scale)
+    runs = EXPERIMENTS["figure1"].runs(scale)
+    for run in runs:
+        if not (run.panel == "drawer" and run.label == "SAC"):
+            write_run(tmp_path / "runs", run, known)
+    assert draw("figure1", runs=tmp_path / "runs", out=tmp_path / "plots") == 0
+    table = table_of(tmp_path / "plots", "figure1")
+    whole = table[table["panel"] == "all continuous"].set_index("label")
+    assert list(whole.index) == ["MH-SAC*", "BRC", "BRC*"] and (whole["tasks"] == 4).all()
+    for label, mean in whole["mean"].items():
+        cells = [known(run, task, run.length) for run in runs if run.label == label and run.panel != "Atari"
+                 for task in launch.tasks_of(run, scale)]  # fmt: skip
+        assert mean == pytest.approx(np.mean(cells), abs=1e-5)
+    assert set(table[table["panel"] == "Atari"]["label"]) == {"BRC", "BRC*"}
+    assert "4 of 30 runs not started" in capsys.readouterr().err
+
+
 def test_principal_components(finished, drawn):
     """Against the eigenvectors of the covariance."""
     table = table_of(drawn[0], "figure7")
