@@ -417,6 +417,8 @@ def curves(data: Data, updates: bool = False):
                     draw_line(axis, curve["step"].map(total), curve, label, f"C{index}", marker=".")
             axis.set_xlabel("gradient steps for all tasks together", fontsize=8)
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     table = summarize(data, data.final[data.final["label"] != "pretraining"], ("panel", "label"))
