@@ -339,6 +339,18 @@ def assert_tuning_wins(points: Path, tmp_path: Path, seed: int) -> None:
         assert embedding.shape == (32,) and np.abs(embedding).sum() == pytest.approx(1, rel=1e-5)
 
 
+def test_heatmap_shows_scores_of_zero(tmp_path, monkeypatch):
+    """A task never solved has score 0, which is not "no score": its return must not stand in its place."""
+    rows = [{"embedding": "a", "target": "t", "score": 0.0, "return": 810.0},
+            {"embedding": "b", "target": "t", "score": "0.5", "return": "900"},
+            {"embedding": "c", "target": "t", "score": "", "return": 0.25}]  # fmt: skip
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, matrix, **_: shown.append(matrix))
+    monkeypatch.setattr("matplotlib.figure.Figure.colorbar", lambda *_, **__: None)
+    brc.draw_heatmap(rows, ["a", "b", "c"], ["t"], tmp_path / "heatmap.png")
+    assert shown[0].tolist() == [[0.0], [0.5], [0.25]]
+
+
 # ------------------------------------------------------------------------------------------------ kill and resume
 
 
@@ -422,6 +434,9 @@ def test_refuses_damaged_runs(counters, tmp_path, command_line):
         (["--env-ids", "metaworld/nothing"], "unknown task 'metaworld/nothing'; metaworld/ has: assembly, "),
         (["--suite", "nothing"], "unknown suite 'nothing'; suites: metaworld-transfer, "),
         (["--env-ids", SMALLER, COUNTERS[0]], "--protocol model learns one task a run, not 2"),
+        (["--env-ids", SMALLER, LARGER, "--protocol", "embedding"], "Wide-v0 has 2000 observations"),
+        (["--env-ids", SMALLER, "--track", "--protocol", "embedding"], "--track goes with --protocol model, data"),
+        (["--env-ids", SMALLER, "--embedding-init", "best", "--total-timesteps", "200"], "--total-timesteps 200"),
         (["--env-ids", SMALLER, "--heatmap"], "--heatmap goes with --protocol embedding, not model"),
         (["--env-ids", SMALLER, "--prior-fraction", "1.5"], "--prior-fraction 1.5: must be in [0, 1)"),
         (["--env-ids", SMALLER, "--adaptation-transitions", "0"], "--adaptation-transitions 0: must be"),
@@ -443,6 +458,10 @@ def test_no_pretrained_run(command_line):
 
 def test_resume_refuses_what_is_finished_or_changed(counters, tmp_path, command_line):
     run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "scratch")
+    before = (run_dir / "args.json").read_bytes()
+    status, stderr = command_line("--resume", run_dir, "--total-timesteps", "30")
+    assert status == 2 and "is finished (step 40)" in error_line(stderr)
+    assert (run_dir / "args.json").read_bytes() == before, "a refused resume changed the run"
     status, stderr = command_line("--resume", run_dir)
     assert status == 2 and "is finished (step 40); to go on, give a larger --total-timesteps" in error_line(stderr)
     status, stderr = command_line("--resume", run_dir, "--protocol", "model")
