@@ -616,12 +616,12 @@ def atari(data: Data):
     games = [task for task in table.index if task in set(data.final["task"])]
     table = table.loc[games]
     paper = {c: np.mean([scores.normalized_score(g, v) for g, v in table[c].items()]) for c in table if games}
-    bars = [{"panel": "Table 5", "label": f"{name} (paper)", "mean": mean} for name, mean in paper.items()]
+    printed = [{"panel": "Table 5", "label": f"{name} (paper)", "mean": mean} for name, mean in paper.items()]
     for label in data.labels():
         here = data.final[data.final["label"] == label]
         table[f"{label} (ours, {data.scale.name})"] = here.groupby("task")["return"].mean().reindex(games)
     ours = summarize(data, data.final, ("panel", "label")).assign(panel="Table 5")
-    shown = pd.concat([part for part in (pd.DataFrame(bars), ours) if len(part)] or [ours], ignore_index=True)
+    shown = pd.concat([part for part in (pd.DataFrame(printed), ours) if len(part)] or [ours], ignore_index=True)
     figure, axes = new_figure(1, 1, 6)
     if len(shown):
         shown = shown.reindex(columns=[*shown.columns, *(c for c in STATISTIC_COLUMNS[:3] if c not in shown)])

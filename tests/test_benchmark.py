@@ -27,6 +27,7 @@ from run_files import checkpoint_steps, curve
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 import experiments  # noqa: E402
+import keep  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 import scores  # noqa: E402
@@ -582,6 +583,24 @@ def test_curves_of_run_directories(tmp_path, capsys):
     assert list(curves) == list(launch.tasks_of(runs[0], LAPTOP))
     last = {task: points[-1] for task, points in curves.items()}
     assert last == {task: (8000, pytest.approx(known(runs[0], task, 8000))) for task in curves}
+
+
+def test_keep_copies_what_plots_need(tmp_path, capsys):
+    """Kept runs plot as the whole ones do, without checkpoints and older statistics."""
+    runs = EXPERIMENTS["figure7"].runs(LAPTOP)
+    for run in runs:
+        directory = write_run(tmp_path / "runs", run, known)
+        (directory / "checkpoints").mkdir()
+        (directory / "statistics" / "900.npz").write_bytes(b"older")
+    assert keep.main(keep.Args(tuple((tmp_path / "runs").iterdir()), tmp_path / "kept")) == 0
+    names = {"args.json", "eval.csv", f"statistics/{runs[0].length}.npz"}
+    for run in runs:
+        kept = tmp_path / "kept" / run.name
+        assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == names
+    assert draw("figure7", runs=tmp_path / "kept", out=tmp_path / "plots") == 0
+    capsys.readouterr()
+    assert keep.main(keep.Args((tmp_path,), tmp_path / "kept")) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is no run directory: it has no args.json\n"
 
 
 # --------------------------------------------------------------------------------------------------------- speed
