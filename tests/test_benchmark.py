@@ -16,6 +16,7 @@ import zlib
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import matplotlib
@@ -624,8 +625,13 @@ def test_operations_counted_by_hand_agree_with_the_compiler(script):
     assert low * by_hand < counted < high * by_hand
 
 
-def test_speed_of_a_call():
+def test_speed_of_a_call(monkeypatch):
     """The median of as many calls as were asked for, without the first, which compiles."""
-    durations = iter([0.5, 0.01, 0.05, 0.01])
-    assert 0.01 <= speed.seconds_per_call(lambda: time.sleep(next(durations)), calls=3) < 0.04
+    clock, durations = [0.0], iter([50, 1, 5, 2])
+
+    def function():
+        clock[0] += next(durations)
+
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert speed.seconds_per_call(function, calls=3) == 2
     assert next(durations, None) is None
