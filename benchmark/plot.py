@@ -703,8 +703,9 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
 # ----------------------------------------------------------------------------------------- curves of any runs
 
 
-def read_run(directory: Path) -> tuple[str, dict[str, list[tuple[int, float]]]]:
-    """A run's group and, per task, its (step, score) points; the return stands in where a task has no score."""
+def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]]]:
+    """A run's group, its seed and, per task, its (step, score) points; the return stands in where a task has no score.
+    """
     args, damage = scores.read_information(directory)
     if damage:
         raise ValueError(damage)
@@ -718,30 +719,39 @@ def read_run(directory: Path) -> tuple[str, dict[str, list[tuple[int, float]]]]:
     curves = defaultdict(list)
     for task, step, value in zip(table["task"], table["step"], values, strict=True):
         curves[task].append((step, value))
-    return group, dict(curves)
+    return group, args.get("seed"), dict(curves)
 
 
 def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> int:
-    """A panel per task and one of the mean score, seeds as thin lines, their mean as a thick one."""
-    groups = defaultdict(list)
+    """A panel per task and one of the mean score, seeds as thin lines, their mean as a thick one.
+
+    Groups of the same label are one: what single-task runs of a seed learned, each a task, counts as one run.
+    """
+    names, groups = {}, defaultdict(list)
     for directory in directories:
         try:
-            group, curves = read_run(directory)
+            group, seed, curves = read_run(directory)
         except (OSError, ValueError) as error:
             print(f"left out {directory}: {error}", file=sys.stderr)
             continue
-        groups[group].append(curves)
+        names.setdefault(group, labels[len(names)] if len(names) < len(labels) else f"group {len(names) + 1}")
+        for other_seed, others in groups[names[group]]:
+            if other_seed == seed and not set(others) & set(curves):
+                others |= curves
+                break
+        else:
+            groups[names[group]].append((seed, curves))
     if not groups:
         return fail("no run could be read")
-    tasks = list(dict.fromkeys(task for runs in groups.values() for curves in runs for task in curves))
+    tasks = list(dict.fromkeys(task for runs in groups.values() for _, curves in runs for task in curves))
     panels = [*tasks, "mean"] if len(tasks) > 1 else tasks
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.3 * rows), squeeze=False, sharey=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for index, runs in enumerate(groups.values()):
+        for index, (label, runs) in enumerate(groups.items()):
             lines = []
-            for curves in runs:
+            for _, curves in runs:
                 points = list(curves.values()) if panel == "mean" else [curves.get(panel)]
                 if points[0] is None or (panel == "mean" and len(points) < len(tasks)):
                     continue
@@ -752,10 +762,10 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
             if not lines:
                 continue
             shared = sorted(set.intersection(*(set(line) for line in lines)))
-            label = labels[index] if index < len(labels) else f"group {index + 1}"
             mean = [np.mean([line[step] for line in lines]) for step in shared]
-            label += f" ({len(lines)} seed{'s' * (len(lines) > 1)})"
-            axis.plot(np.array(shared) / 1e3, mean, color=f"C{index}", linewidth=2.2, label=label)
+            label = f"{label} ({len(lines)} seed{'s' * (len(lines) > 1)})"
+            marker = "D" if len(shared) == 1 else None  # one evaluation: a line would not be seen
+            axis.plot(np.array(shared) / 1e3, mean, marker=marker, color=f"C{index}", linewidth=2.2, label=label)
         axis.set_title(panel, fontsize=9)
         axis.set_xlabel("thousand steps per task", fontsize=8)
         axis.tick_params(labelsize=7)

@@ -580,7 +580,7 @@ def test_curves_of_run_directories(tmp_path, capsys):
     assert f"left out {broken}: no args.json" in output.err and f"wrote {out}" in output.out
     groups = [plot.read_run(directory)[0] for directory in directories]
     assert groups[0] == groups[1]  # they differ in the seed only
-    curves = plot.read_run(directories[0])[1]
+    curves = plot.read_run(directories[0])[2]
     assert list(curves) == list(launch.tasks_of(runs[0], LAPTOP))
     last = {task: points[-1] for task, points in curves.items()}
     assert last == {task: (8000, pytest.approx(known(runs[0], task, 8000))) for task in curves}
