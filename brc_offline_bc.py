@@ -121,7 +121,7 @@ class Args:
     wandb_project: str = "brc"
     """Weights & Biases project"""
 
-    bc_coef: float = 0.3
+    bc_coef: float = 0.03
     """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: measured, see README)"""
     bc_loss: Literal["nll", "mse"] = "mse"
     """clone by the data action's negative log-likelihood, or by the mean action's squared error"""
