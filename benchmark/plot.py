@@ -767,15 +767,16 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
             marker = "D" if len(shared) == 1 else None  # one evaluation: a line would not be seen
             axis.plot(np.array(shared) / 1e3, mean, marker=marker, color=f"C{index}", linewidth=2.2, label=label)
         axis.set_title(panel, fontsize=9)
-        axis.set_xlabel("thousand steps per task", fontsize=8)
+        axis.set_xlabel("thousand steps", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     axes[0, 0].set_ylabel("score", fontsize=8)
-    axes.flat[len(panels) - 1].legend(fontsize=7, loc="lower right")
+    lines, names = axes.flat[len(panels) - 1].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=130, bbox_inches="tight")
     print(f"wrote {out}")
     return 0
 
