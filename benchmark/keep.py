@@ -1,6 +1,6 @@
 """Copies what is worth keeping of finished runs: args.json, eval.csv, tables of embedding transfer, last statistics.
 
-  python benchmark/keep.py runs/laptop-* --out benchmark/results/laptop/runs
+python benchmark/keep.py runs/laptop-* --out benchmark/results/laptop/runs
 """
 
 import shutil

@@ -493,33 +493,39 @@ class Environments:
     environments beside a plain Python loop over the same tasks' Gymnasium environments."""
 
     suites: tuple[str, ...] = ("metaworld", "dmc-dogs", "mw-dmc")
-    """suites to step; hb-medium and hb-hard need HumanoidBench"""
+    """suites to step, of both scripts, atari among them; hb-medium and hb-hard need HumanoidBench"""
     seconds: float = 20.0
     """time to step each for"""
 
     def __call__(self) -> list[dict]:
         rows, rng = [], np.random.default_rng(0)
         for suite in self.suites:
-            tasks, _ = brc.SUITES[suite]
-            parallel = brc.ParallelEnvs(tasks, 1, 0, "auto")
+            script = drq if suite in drq.SUITES else brc
+            tasks, _ = script.SUITES[suite]
+            parallel = script.ParallelEnvs(tasks, 1, 0, "auto")
             parallel.reset()
 
             def vector_step(envs):
-                envs.send(rng.uniform(-1, 1, (envs.size, envs.action_dim)).astype(np.float32))
+                if script is drq:  # noqa: B023
+                    envs.send(rng.integers(envs.action_dims))
+                else:
+                    envs.send(rng.uniform(-1, 1, (envs.size, envs.action_dim)).astype(np.float32))
                 envs.recv()
 
             rate = self.rate(lambda: vector_step(parallel))  # noqa: B023
-            in_envpool = sum(isinstance(pool, brc.EnvPoolTask) for pool in parallel.pools)
+            in_envpool = sum(isinstance(pool, script.EnvPoolTask) for pool in parallel.pools)
             parallel.close()
-            plain = [brc.make_env(task, seed=0) for task in tasks]
+            plain = [script.make_env(task, seed=0) for task in tasks]
             for env in plain:
                 env.reset(seed=0)
 
             def sequential_step(envs):
                 for env in envs:
-                    *_, terminated, truncated, _ = env.step(
-                        rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
-                    )
+                    if script is drq:  # noqa: B023
+                        action = rng.integers(env.action_space.n)
+                    else:
+                        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+                    *_, terminated, truncated, _ = env.step(action)
                     if terminated or truncated:
                         env.reset()
 

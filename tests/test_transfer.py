@@ -357,8 +357,24 @@ def test_heatmap_shows_scores_of_zero(tmp_path, monkeypatch):
 @pytest.mark.parametrize("protocol", ["model", "data", "scratch"])
 def test_resume_continues_after_kill(counters, tmp_path, environment, run, protocol):
     """kill -9 in mid-run: step counts, curve and updates go on as if nothing had been."""
-    slow = ["--env-ids", "gym/gym_tasks:Slow-v0", "--protocol", protocol, "--batch-size", 16, "--eval-episodes", 1,
-            "--learning-starts", 20, "--total-timesteps", 300, "--eval-every", 100, "--checkpoint-every", 50]
+    slow = [
+        "--env-ids",
+        "gym/gym_tasks:Slow-v0",
+        "--protocol",
+        protocol,
+        "--batch-size",
+        16,
+        "--eval-episodes",
+        1,
+        "--learning-starts",
+        20,
+        "--total-timesteps",
+        300,
+        "--eval-every",
+        100,
+        "--checkpoint-every",
+        50,
+    ]
     process = started(SCRIPT, ["--pretrained", counters, *slow, "--run-root", tmp_path, "--run-name", "run"],
                       environment, tmp_path / "log")  # fmt: skip
     wait_for_checkpoint(tmp_path / "run", 100, process, tmp_path / "log")
