@@ -704,7 +704,7 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
 
 
 def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]]]:
-    """A run's group, its seed and, per task, its (step, score) points; the return stands in where a task has no score."""
+    """A run's group, its seed and, per task, its (step, score) points; where a task has no score, its return."""
     args, damage = scores.read_information(directory)
     if damage:
         raise ValueError(damage)
