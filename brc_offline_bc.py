@@ -122,7 +122,7 @@ class Args:
     """Weights & Biases project"""
 
     bc_coef: float = 0.03
-    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: measured, see README)"""
+    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of a small sweep, see README)"""
     bc_loss: Literal["nll", "mse"] = "mse"
     """clone by the data action's negative log-likelihood, or by the mean action's squared error"""
     bc_only: bool = False

@@ -79,9 +79,8 @@ def load(path: Path):
         missing = {"obs", "action", "reward", "task"} - set(chunk.keys())
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        widths = chunk["obs"].shape[-1], chunk["action"].shape[-1]
-        if chunk.ndim != 2 or not chunk.numel() or widths[0] < 39 or widths[1] < 6:
-            raise ValueError(f"shape {tuple(chunk.shape)}, |S| = {widths[0]}, |A| = {widths[1]}")
+        if chunk.ndim != 2 or not chunk.numel():
+            raise ValueError(f"shape {tuple(chunk.shape)}, not episodes x steps")
         if not torch.isnan(chunk["reward"][:, 0]).all():
             raise ValueError("the first reward of an episode should be NaN")
     except Exception as error:  # torch's and pickle's own, of many kinds
@@ -97,6 +96,10 @@ def main(args: Args) -> None:
         numbers = chunk["task"][:, 0].numpy().astype(int)
         if numbers.min() < 0 or numbers.max() >= len(names):
             sys.exit(f"error: {path} holds task {numbers.max()}, but {args.tasks} has {len(names)}")
+        widths = chunk["obs"].shape[-1], chunk["action"].shape[-1]
+        for number in np.unique(numbers):  # mt30 is padded to narrower tasks than mt80
+            if sizes(names[number])[0] > widths[0] or sizes(names[number])[1] > widths[1]:
+                sys.exit(f"error: {path} has |S| = {widths[0]}, |A| = {widths[1]}: too narrow for {names[number]}")
         lengths += np.bincount(numbers, minlength=len(names)) * chunk.shape[1]
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -466,6 +466,20 @@ def test_convert_tdmpc2(tmp_path):
             assert records[t]["reward"] == reward[episode, t + 1] and records[t]["valid"]
         np.testing.assert_array_equal(records[100]["observation"], obs[episode, 100, :s])
         assert not records[100]["valid"]
+    narrow = {**chunk, "obs": obs[[0, 2], :, :24], "action": action[[0, 2]], "reward": reward[[0, 2]],
+              "task": task[[0, 2]]}  # fmt: skip
+    torch.save(tensordict.TensorDict(narrow, batch_size=[2, length]), tmp_path / "mt30.pt")  # |S| = 24 at most there
+    mt30 = [sys.executable, script, "--chunks", tmp_path / "mt30.pt", "--out", tmp_path / "out30", "--tasks", "mt30"]
+    result = subprocess.run(mt30, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run([*mt30[:-1], "mt80", "--out", tmp_path / "x"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    wide = {**narrow, "task": torch.full((2, length), 30)}  # assembly has 39
+    torch.save(tensordict.TensorDict(wide, batch_size=[2, length]), tmp_path / "wide.pt")
+    result = subprocess.run(
+        [*command[:3], tmp_path / "wide.pt", "--out", tmp_path / "y"], capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "too narrow for metaworld/assembly" in result.stderr
     (tmp_path / "chunk_1.pt").write_bytes((tmp_path / "chunk_0.pt").read_bytes()[:-2000])
     command[3] = tmp_path / "chunk_1.pt"
     result = subprocess.run(command, capture_output=True, text=True)
