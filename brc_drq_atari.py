@@ -857,8 +857,6 @@ def parameter_count(tree) -> int:
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 EVAL_EPSILON = 0.001  # as in DrQ(eps)
-
-
 EVAL_ENVS = 260  # at most, for several games: 26 games with ten copies each
 
 

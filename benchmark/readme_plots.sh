@@ -16,3 +16,4 @@ python benchmark/plot.py $results/atari/atari2 --labels "narrow encoder" --out $
 python benchmark/plot.py figure1 figure4 figure5 figure6 figure7 figure9 figure17 --scale laptop \
   --runs $results/laptop/runs --out $results/laptop
 rm -f $results/laptop/*.pdf
+python benchmark/readme_tables.py > $results/tables.md

@@ -31,6 +31,7 @@ import experiments  # noqa: E402
 import keep  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
+import readme_tables  # noqa: E402
 import scores  # noqa: E402
 import speed  # noqa: E402
 from experiments import DRQ, EXPERIMENTS, OFFLINE, SAC, SCALES, TRANSFER, Run  # noqa: E402
@@ -584,6 +585,13 @@ def test_curves_of_run_directories(tmp_path, capsys):
     assert list(curves) == list(launch.tasks_of(runs[0], LAPTOP))
     last = {task: points[-1] for task, points in curves.items()}
     assert last == {task: (8000, pytest.approx(known(runs[0], task, 8000))) for task in curves}
+
+
+@pytest.mark.parametrize("name", readme_tables.TABLES)
+def test_readme_says_what_the_results_say(name):
+    page = (ROOT / "README.md").read_text().splitlines()
+    rows = [readme_tables.row_text(cells) for cells in readme_tables.TABLES[name]()]
+    assert rows and [row for row in rows if row not in page] == []
 
 
 def test_keep_copies_what_plots_need(tmp_path, capsys):

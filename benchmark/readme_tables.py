@@ -1,0 +1,105 @@
+"""Prints README's result tables from the small files in benchmark/results/, as Markdown.
+
+  python benchmark/readme_tables.py > benchmark/results/tables.md
+
+A test compares every row with README, so that a number there cannot differ from its runs.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def evaluations(run: Path) -> list[dict]:
+    with (run / "eval.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mean_of(run: Path, column: str, steps=None, task: str = "") -> float:
+    """Mean of a column over tasks and the given steps (default: the last); task: those whose name ends so."""
+    rows = [row for row in evaluations(run) if row["task"].endswith(task)]
+    wanted = {max(int(row["step"]) for row in rows)} if steps is None else set(steps)
+    return float(np.mean([float(row[column]) for row in rows if int(row["step"]) in wanted]))
+
+
+def two(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")
+
+
+def readme_runs() -> list[list[str]]:
+    """Success of the first command at steps 0, 15k, 30k, 40k."""
+    return [
+        [
+            str(seed),
+            *(f"{mean_of(RESULTS / f'readme/seed-{seed}', 'score', [s]):.3f}" for s in (0, 15000, 30000, 40000)),
+        ]
+        for seed in (1, 2, 3)
+    ]
+
+
+def dmc4() -> list[list[str]]:
+    """Returns of one agent on four DMC tasks at 100k steps."""
+    run, tasks = RESULTS / "dmc4/seed-1", ("cartpole-swingup", "finger-spin", "reacher-easy", "walker-walk")
+    values = [mean_of(run, "return", task=task) for task in tasks]
+    return [["BRC, one agent for all four", *(f"{value:.0f}" for value in [*values, np.mean(values)])]]
+
+
+def offline() -> list[list[str]]:
+    """Success and return over the evaluations at 18k and 24k updates, mean of 3 seeds."""
+    tasks, steps, rows = ("reach", "handle-press", "coffee-button"), (18000, 24000), []
+    data = json.loads((RESULTS / "offline/bc-only__1/args.json").read_text())["data_mean_return"]
+    per_task = [data[f"metaworld/{task}"] for task in tasks]
+    rows.append(["the data", "", "", *(f"{value:.0f}" for value in [np.mean(per_task), *per_task])])
+    for name, label in (
+        ("bc-only", "BC only"), ("no-bc", "offline BRC without BC (c = 0)"),
+        ("mse-0.03", "BRC+BC, c = 0.03 (the default)"), ("mse-0.1", "BRC+BC, c = 0.1"), ("mse-0.3", "BRC+BC, c = 0.3"), ("mse-1", "BRC+BC, c = 1"),
+    ):  # fmt: skip
+        runs = [RESULTS / f"offline/{name}__{seed}" for seed in (1, 2, 3)]
+        success = [mean_of(run, "success", steps) for run in runs]
+        returns = [np.mean([mean_of(run, "return", steps, task) for run in runs]) for task in ("", *tasks)]
+        cells = [" ".join(map(two, success)), two(np.mean(success)), *(f"{value:.0f}" for value in returns)]
+        rows.append([label, *cells])
+    run = RESULTS / "offline/online/pretrain6"
+    for step, label in ((25000, "the online agent when the data end (25k steps, 10 episodes)"),
+                        (50000, "the online agent at 50k steps")):  # fmt: skip
+        success, returns = (
+            [mean_of(run, column, [step], f"/{task}") for task in tasks] for column in ("success", "return")
+        )
+        rows.append([label, f"{np.mean(success):.2f}".removeprefix("0"), "",
+                     *(f"{value:.0f}" for value in [np.mean(returns), *returns])])  # fmt: skip
+    return rows
+
+
+def transfer() -> list[list[str]]:
+    """Success on two new tasks, mean of 3 seeds: four embeddings, and the last evaluation of three learners."""
+    rows, runs = [], RESULTS / "transfer/runs"
+    for task in ("reach-wall", "button-press-topdown-wall"):
+        found = {method: [] for method in ("selected", "tuned", "random", "mean")}
+        for seed in (1, 2, 3):
+            with (runs / f"embedding__{seed}/embedding.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["target"] == f"metaworld/{task}":
+                        found[row["method"]].append(float(row["success"]))
+        for protocol in ("model", "data", "scratch"):
+            found[protocol] = [mean_of(runs / f"{task}-{protocol}__{seed}", "success") for seed in (1, 2, 3)]
+        rows.append([f"`{task}`", *(two(np.mean(values)) for values in found.values())])
+    return rows
+
+
+TABLES = {"README run": readme_runs, "four DMC tasks": dmc4, "offline": offline, "transfer": transfer}
+
+
+def row_text(cells: list[str]) -> str:
+    return "| " + " | ".join(cells).replace("|  |", "| |").replace("|  |", "| |") + " |"
+
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        print(f"{name}\n")
+        for cells in table():
+            print(row_text(cells))
+        print()
