@@ -54,10 +54,15 @@ def offline() -> list[list[str]]:
     data = json.loads((RESULTS / "offline/bc-only__1/args.json").read_text())["data_mean_return"]
     per_task = [data[f"metaworld/{task}"] for task in tasks]
     rows.append(["the data", "", "", *(f"{value:.0f}" for value in [np.mean(per_task), *per_task])])
-    for name, label in (
-        ("bc-only", "BC only"), ("no-bc", "offline BRC without BC (c = 0)"),
-        ("mse-0.03", "BRC+BC, c = 0.03 (the default)"), ("mse-0.1", "BRC+BC, c = 0.1"), ("mse-0.3", "BRC+BC, c = 0.3"), ("mse-1", "BRC+BC, c = 1"),
-    ):  # fmt: skip
+    labels = {
+        "bc-only": "BC only",
+        "no-bc": "offline BRC without BC (c = 0)",
+        "mse-0.03": "BRC+BC, c = 0.03 (the default)",
+        "mse-0.1": "BRC+BC, c = 0.1",
+        "mse-0.3": "BRC+BC, c = 0.3",
+        "mse-1": "BRC+BC, c = 1",
+    }
+    for name, label in labels.items():
         runs = [RESULTS / f"offline/{name}__{seed}" for seed in (1, 2, 3)]
         success = [mean_of(run, "success", steps) for run in runs]
         returns = [np.mean([mean_of(run, "return", steps, task) for run in runs]) for task in ("", *tasks)]
