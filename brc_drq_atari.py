@@ -26,7 +26,8 @@ Network (Figure 14): scaled Impala encoder, layer norm, task embedding, two dens
 What the paper leaves open is as in DrQ(eps) of google/dopamine (labs/atari_100k): 1,600 random steps first, epsilon
 decays after them, 0.001 in evaluation; random shift by up to 4 pixels and intensity noise of 5% on both observations;
 a lost life ends the episode for learning and clears the frame stack; Adam's epsilon 1.5e-4; Xavier initialization. Not
-taken over: its dueling heads, as the paper names a dense critic.
+taken over: its dueling heads, as the paper names a dense critic, and its clipped rewards (--clip-rewards), since return
+normalization takes care of their scale. Returns of Eq. 2 end at a lost life, as the critic's episodes do.
 
   python brc_drq_atari.py --seed 1                                          # the paper's experiment: 26 games
   python brc_drq_atari.py --env-ids atari/pong                              # one game
@@ -160,6 +161,12 @@ class Args:
     """divide rewards by the largest return seen in their game (Eq. 2, 3)"""
     embedding_size: int = 32
     """task embedding size (Table 4)"""
+    clip_rewards: bool = False
+    """learn from rewards clipped to [-1, 1], as Dopamine's agents do; the paper does not say"""
+    variant: Literal["paper", "released-code"] = "paper"
+    """where the paper and the authors' released code differ: released-code
+    stands for --embedding-norm l2 --truncation-bootstrap mean-reward;
+    one of these given by hand wins"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released SAC code"""
     truncation_bootstrap: Literal["critic", "mean-reward"] = "critic"
@@ -168,6 +175,7 @@ class Args:
     """number format in which the encoder computes; its parameters are float32 in any case"""
 
 
+RELEASED_CODE = {"variant": "released-code", "embedding_norm": "l2", "truncation_bootstrap": "mean-reward"}
 POSITIVE = {  # smallest allowed value of every number, checked before anything is built
     "total_timesteps": 0, "learning_starts": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
     "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "num_atoms": 2, "critic_width": 1, "critic_depth": 0, "n_step": 1,
@@ -685,7 +693,8 @@ class ReturnNormalizer:
     """Largest absolute return G_i seen in each task (C.2, Eq. 2).
 
     A reward enters the replay before its episode ends, so G_i covers |r| at once; it covers returns when the episode
-    ends: zero after the end if it terminated, the given bootstrap value if it was truncated.
+    ends: zero after the end if it terminated, the given bootstrap value if it was truncated. With a bootstrap of at
+    most G_i in magnitude, G_i <= max |r| / (1 - discount) by induction: |r| + discount G_i keeps the bound.
     """
 
     def __init__(self, num_tasks: int, discount: float):
@@ -830,7 +839,8 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
     def value(state: AgentState, frames, max_return):
         """Critic's value of one observation per task at its greedy action, in units of reward, [num_tasks]."""
         task_ids = jnp.arange(num_tasks)
-        return q_values(logits(state.critic, images(frames), task_ids), task_ids).max(-1) / reward_scale(max_return)
+        q = q_values(logits(state.critic, images(frames), task_ids), task_ids).max(-1)
+        return jnp.clip(q / args.v_max, -1, 1) * max_return if args.normalize_returns else q
 
     def embeddings(critic):
         return embed(critic, jnp.arange(num_tasks)) if use_embedding else None
@@ -949,7 +959,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
     args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
     if not args.resume:
-        return args
+        released = getattr(args, "variant", "paper") == "released-code"
+        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -1274,11 +1285,13 @@ def main(args: Args) -> None:
             first = life_lost | done
             valid, done = ~done, ~done & (terminated | truncated)
             stack.push(frames, first)
-            replay.insert(actions, rewards, terminated | life_lost, valid, frames, first)
+            learned = np.clip(rewards, -1, 1) if args.clip_rewards else rewards
+            replay.insert(actions, learned, terminated | life_lost, valid, frames, first)
             bootstrap = None
             if args.truncation_bootstrap == "critic" and (truncated & valid).any():
                 bootstrap = np.asarray(agent.value(state, stack.frames, normalizer.max_return))
-            normalizer.update(rewards, terminated, truncated, valid, bootstrap)
+            # a life is the episode that the critic models: Eq. 2 is applied at its end, with nothing after it
+            normalizer.update(learned, terminated | life_lost, truncated & ~life_lost, valid, bootstrap)
             step += 1
             progress.update()
 

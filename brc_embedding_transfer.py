@@ -27,7 +27,7 @@ run directory of a multi-task run of brc_sac_continuous.py and never trains on t
   y          as in C.2: projection of  r V_max / (G + lambda) + gamma (1 - terminated) (z - alpha log pi(a'|s', e))
              with a' ~ pi(s', e); G and lambda (Eq. 2-4) are those of the pretraining task that e comes from
 
-All four have the network sizes of the pretrained run. A new task may have fewer observations and actions than the
+What --variant chose in pretraining (embedding norm, tail of a truncated return, lambda) holds here, too. All four have the network sizes of the pretrained run. A new task may have fewer observations and actions than the
 pretrained agent: they are padded as in pretraining.
 
   python brc_sac_continuous.py --env-ids metaworld/reach metaworld/door-close metaworld/handle-press --run-name many
@@ -147,8 +147,9 @@ class Args:
 
     discount: float | None = None
     """gamma (default: the pretrained run's)"""
-    batch_size: int = 1024
-    """transitions per update (Table 3; the released code takes 256 for a single task)"""
+    batch_size: int | None = None
+    """transitions per update (default: 256, the single-task batch of Section 4; 1024 with --protocol data, whose critic
+    learns prior tasks as well, Table 3)"""
     utd: int = 2
     """updates per environment step (Table 3)"""
     buffer_size: int = 1_000_000
@@ -169,6 +170,7 @@ class Args:
     """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, Table 3)"""
 
 
+RELEASED_CODE: dict = {}  # the pretrained run decides what the paper's variant is
 POSITIVE = {  # smallest allowed value of every number, checked before anything is built
     "total_timesteps": 0, "learning_starts": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
     "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "buffer_size": 9, "seed": 0, "actor_lr": 0.0, "critic_lr": 0.0,
@@ -792,12 +794,13 @@ class Heads(nn.Module):
 
     features: int
     num_heads: int
+    gain: float = math.sqrt(2)
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
         def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
-            keys = jax.random.split(key, self.num_heads)
-            return jnp.concatenate([orthogonal(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
+            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
         x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
         if self.num_heads == 1:
@@ -834,7 +837,7 @@ class Actor(nn.Module):
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = BroNet(self.width, self.depth)(x)
         mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
-        log_std = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
         return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
 
 
@@ -879,7 +882,8 @@ class ReturnNormalizer:
     """Largest absolute return G_i seen in each task (C.2, Eq. 2).
 
     A reward enters the replay before its episode ends, so G_i covers |r| at once; it covers returns when the episode
-    ends: zero after the end if it terminated, the given bootstrap value if it was truncated.
+    ends: zero after the end if it terminated, the given bootstrap value if it was truncated. With a bootstrap of at
+    most G_i in magnitude, G_i <= max |r| / (1 - discount) by induction: |r| + discount G_i keeps the bound.
     """
 
     def __init__(self, num_tasks: int, discount: float):
@@ -1005,7 +1009,8 @@ def make_agent(args: Args, sizes: SimpleNamespace, num_tasks: int, use_embedding
 
     def reward_scale(state, max_return):
         """V_max / (G_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
-        entropy_bound = jnp.exp(state.log_temperature) * jnp.abs(state.entropy) / (1 - args.discount)
+        entropy = jnp.abs(state.entropy) if sizes.entropy_correction == "empirical" else own_dims / 4
+        entropy_bound = jnp.exp(state.log_temperature) * entropy / (1 - args.discount)
         return sizes.v_max / jnp.maximum(max_return + entropy_bound, MIN_SCALE)
 
     def critic_target(state, batch, max_return, key):
@@ -1109,11 +1114,12 @@ def make_agent(args: Args, sizes: SimpleNamespace, num_tasks: int, use_embedding
         return jnp.tanh(mean) * mask
 
     def value(state: AgentState, observations, max_return):
-        """Critic's value [1] of a new task's observation [1, |S|] at the policy's mean action, in units of reward."""
+        """Critic's value [1] of a new task's observation [1, |S|] at the policy's mean action, in units of reward: Eq. 3
+        undone by G_i / V_max, so that it never exceeds G_i."""
         task_ids = jnp.zeros(1, jnp.int32)
         actions = act_deterministic(state.actor, state.critic, observations, task_ids)
         q = q_values(critic_outputs(state.critic, observations, actions, task_ids))
-        return q / reward_scale(state, max_return)[:1]
+        return jnp.clip(q / sizes.v_max, -1, 1) * max_return[:1]
 
     def parameter_norm(state: AgentState):
         """Norm of all network parameters, finite if they all are."""
@@ -1524,7 +1530,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
     args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
     if not args.resume:
-        return args
+        released = getattr(args, "variant", "paper") == "released-code"
+        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -1724,6 +1731,7 @@ def main(args: Args) -> None:
     """Transfers one pretrained agent to the tasks of `args`; everything it writes is in its run directory."""
     check_args(args)
     targets = resolve_tasks(args)
+    args.batch_size = args.batch_size or (1024 if args.protocol == "data" else 256)
     if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
     name = f"{args.suite or file_name(targets[0])}__{args.exp_name}-{args.protocol}__{args.seed}__{int(time.time())}"
@@ -1872,7 +1880,7 @@ def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: 
             valid, done = ~done, ~done & (terminated | truncated)
             replay.insert(actions, rewards, terminated, valid, observations)
             bootstrap = None
-            if (truncated & valid).any():
+            if pretrained.sizes.truncation_bootstrap == "critic" and (truncated & valid).any():
                 bootstrap = np.asarray(agent.value(state, observations, max_return))
             normalizer.update(rewards, terminated, truncated, valid, bootstrap)
             step += 1

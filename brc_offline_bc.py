@@ -164,10 +164,15 @@ class Args:
     """residual blocks of the BroNet actor (Table 3)"""
     embedding_size: int = 32
     """task embedding size (Table 3)"""
+    variant: Literal["paper", "released-code"] = "paper"
+    """where the paper and the authors' released code differ: released-code
+    stands for --embedding-norm l2;
+    one of these given by hand wins"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released code"""
 
 
+RELEASED_CODE = {"variant": "released-code", "embedding_norm": "l2"}  # --variant released-code
 POSITIVE = {  # smallest allowed value of every number, checked before anything is built
     "total_updates": 0, "last_transitions": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
     "keep_checkpoints": 1, "batch_size": 1, "num_atoms": 2, "critic_width": 1, "critic_depth": 0, "num_critics": 1,
@@ -844,12 +849,13 @@ class Heads(nn.Module):
 
     features: int
     num_heads: int
+    gain: float = math.sqrt(2)
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
         def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
-            keys = jax.random.split(key, self.num_heads)
-            return jnp.concatenate([orthogonal(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
+            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
         x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
         if self.num_heads == 1:
@@ -886,7 +892,7 @@ class Actor(nn.Module):
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = BroNet(self.width, self.depth)(x)
         mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
-        log_std = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
         return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
 
 
@@ -1232,7 +1238,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
     args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
     if not args.resume:
-        return args
+        released = getattr(args, "variant", "paper") == "released-code"
+        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())

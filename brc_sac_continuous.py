@@ -124,8 +124,9 @@ class Args:
 
     discount: float = 0.99
     """gamma (Table 3)"""
-    batch_size: int = 1024
-    """transitions per update, over all tasks (Table 3; the released code takes 256 for a single task)"""
+    batch_size: int | None = None
+    """transitions per update, over all tasks (default: 1024 with several tasks, Table 3; 256 with one: Section 4
+    multiplies the backbone's batch by 4 for multi-task learning)"""
     utd: int = 2
     """updates per vector step, one step of every task (Table 3)"""
     buffer_size: int = 1_000_000
@@ -170,6 +171,10 @@ class Args:
     """with several tasks: learned embeddings (C.4) or one output head per task in actor and critic (Figure 5)"""
     embedding_size: int = 32
     """task embedding size (Table 3)"""
+    variant: Literal["paper", "released-code"] = "paper"
+    """where the paper and the authors' released code differ: released-code
+    stands for --embedding-norm l2 --truncation-bootstrap mean-reward --entropy-correction constant;
+    one of these given by hand wins"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released code"""
     truncation_bootstrap: Literal["critic", "mean-reward"] = "critic"
@@ -178,6 +183,10 @@ class Args:
     """lambda of Eq. 3: alpha |H_i| / (1 - gamma) (Eq. 4 has H_i), or alpha (|A|/4) / (1 - gamma) as in the code"""
 
 
+RELEASED_CODE = {  # --variant released-code
+    "variant": "released-code", "embedding_norm": "l2", "truncation_bootstrap": "mean-reward",
+    "entropy_correction": "constant",
+}  # fmt: skip
 POSITIVE = {  # smallest allowed value of every number, checked before anything is built
     "total_timesteps": 0, "learning_starts": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
     "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "buffer_size": 9, "num_atoms": 2, "critic_width": 1,
@@ -822,12 +831,13 @@ class Heads(nn.Module):
 
     features: int
     num_heads: int
+    gain: float = math.sqrt(2)
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
         def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
-            keys = jax.random.split(key, self.num_heads)
-            return jnp.concatenate([orthogonal(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
+            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
         x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
         if self.num_heads == 1:
@@ -862,7 +872,7 @@ class Actor(nn.Module):
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = BroNet(self.width, self.depth)(x)
         mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
-        log_std = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
         return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
 
 
@@ -904,7 +914,8 @@ class ReturnNormalizer:
     """Largest absolute return G_i seen in each task (C.2, Eq. 2).
 
     A reward enters the replay before its episode ends, so G_i covers |r| at once; it covers returns when the episode
-    ends: zero after the end if it terminated, the given bootstrap value if it was truncated.
+    ends: zero after the end if it terminated, the given bootstrap value if it was truncated. With a bootstrap of at
+    most G_i in magnitude, G_i <= max |r| / (1 - discount) by induction: |r| + discount G_i keeps the bound.
     """
 
     def __init__(self, num_tasks: int, discount: float):
@@ -1143,11 +1154,15 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         return jnp.tanh(mean) * mask
 
     def value(state: AgentState, observations, max_return):
-        """Critic's value of one observation per task at the policy's mean action, in units of reward, [num_tasks]."""
+        """Critic's value of one observation per task at the policy's mean action, in units of reward, [num_tasks].
+
+        Undoes Eq. 3 by G_i / V_max, not by (G_i + lambda_i) / V_max: the tail then never exceeds G_i, whatever the
+        critic says. With lambda_i it could exceed G_i, which never falls, at every truncation again.
+        """
         task_ids = jnp.arange(num_tasks)
         actions = act_deterministic(state.actor, state.critic, observations, task_ids)
         q = q_values(critic_outputs(state.critic, state.statistics, observations, actions, task_ids))
-        return jnp.clip(q, args.v_min, args.v_max) / reward_scale(state, max_return)
+        return jnp.clip(q / args.v_max, -1, 1) * max_return if args.normalize_returns else q
 
     def task_statistics(state: AgentState, batches: Batch, max_return):
         """Per-task diagnostics (Figures 3 and 5). batches: [num_tasks, batch, ...], row t from task t.
@@ -1321,7 +1336,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
     args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
     if not args.resume:
-        return args
+        released = getattr(args, "variant", "paper") == "released-code"
+        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -1525,6 +1541,7 @@ def main(args: Args) -> None:
         return list_tasks()
     check_args(args)
     tasks, total_timesteps = resolve_tasks(args)
+    args.batch_size = args.batch_size or (1024 if len(tasks) > 1 else 256)
     if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
     run_name = args.run_name or f"{args.suite or file_name(tasks[0])}__{args.exp_name}__{args.seed}__{int(time.time())}"

@@ -157,8 +157,7 @@ class Update:
 
     def measure(self, width: int) -> dict:
         module, sizes = {"sac": brc, "drq": drq}[self.script], {"critic_width": width}
-        if self.batch_size:
-            sizes["batch_size"] = self.batch_size
+        sizes["batch_size"] = self.batch_size or {"sac": 1024, "drq": 256}[self.script]  # Tables 3 and 4
         task_ids, key = np.arange(self.num_tasks), jax.random.PRNGKey(0)
         if self.script == "sac":
             args = brc.Args(**sizes)

@@ -31,7 +31,7 @@ jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 on a GPU
         ("v_max", 10),
         ("polyak_tau", 5e-3),
         ("weight_decay", 1e-4),
-        ("batch_size", 1024),
+        ("batch_size", None),  # 1024 or, with one task, 256: see test_cli
         ("buffer_size", 1e6),
         ("actor_lr", 3e-4),
         ("critic_lr", 3e-4),

@@ -84,7 +84,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_defaults_are_the_papers():
     args = brc.Args()
-    table = {"batch_size": 1024, "utd": 2, "polyak_tau": 5e-3, "actor_lr": 3e-4, "critic_lr": 3e-4,
+    table = {"batch_size": None, "utd": 2, "polyak_tau": 5e-3, "actor_lr": 3e-4, "critic_lr": 3e-4,
              "temperature_lr": 3e-4, "buffer_size": 1_000_000}  # fmt: skip
     assert {name: getattr(args, name) for name in table} == table
     assert args.adaptation_transitions == 300 and args.prior_fraction == 0.5 and args.total_timesteps == 500_000
