@@ -48,6 +48,15 @@ def restored(run_dir: Path) -> tuple[brc.AgentState, brc.Replay, dict]:
     return state, replay, loaded
 
 
+def test_one_switch_for_the_released_code():
+    choices = lambda *flags: [  # noqa: E731
+        getattr(brc.parse_args([*flags]), name) for name in ("embedding_norm", "truncation_bootstrap")
+    ]
+    assert choices() == ["l1", "critic"]
+    assert choices("--variant", "released-code") == ["l2", "mean-reward"]
+    assert choices("--variant", "released-code", "--embedding-norm", "l1") == ["l1", "mean-reward"]
+
+
 # ------------------------------------------------------------------------------------------- --total-timesteps 0
 
 
@@ -185,13 +194,24 @@ def test_saved_replay_is_what_happened(finished):
     assert (np.diff(resets) <= 91).all() and len(resets) >= 2, "games of at most 90 steps"
 
 
-def test_return_normalizer_counts_games_not_lives(finished):
-    """Of the pixel task's 37 finished games, the last one's start has the largest return; its lives are parts of it."""
+def test_return_normalizer_counts_lives(finished):
+    """Eq. 2 ends where the critic's episodes end: of a game's lives of 2, 3 and 2 steps the second has the largest
+    return, in game 36, since game 37 had played four of its seven steps and not ended its second life."""
     _, run_dir = finished
     largest = counters(run_dir, 300)["max_return"][1]
-    returns = {game: sum(0.99**k * (k + 1 + 10 * game) for k in range(7)) for game in (35, 36, 37)}
-    assert largest == pytest.approx(returns[36], rel=1e-6), "game 37 had played four of its seven steps"
-    assert returns[36] > 7 * 0.9 * 360, "several lives' worth"
+    lives = {game: sum(0.99**k * (k + 3 + 10 * game) for k in range(3)) for game in (36, 37)}
+    assert largest == pytest.approx(lives[36], rel=1e-6)
+
+
+def test_clipped_rewards_are_learned_from_and_true_ones_are_scored(tmp_path):
+    """Rewards of 1 to 7 are learned as 1, in the replay and in G (lives of 2, 3 and 2 steps); evaluation counts them
+    all."""
+    train("--env-ids", LIVES, *SMALL, *NO_UPDATES, "--total-timesteps", 50, "--clip-rewards", "--save-replay",
+          "--run-root", tmp_path, "--run-name", "run")  # fmt: skip
+    (records,) = (np.load(path) for path in (tmp_path / "run/replay").iterdir())
+    assert set(records["reward"][records["valid"]]) == {1.0}
+    assert counters(tmp_path / "run", 50)["max_return"] == pytest.approx([1 + 0.99 + 0.99**2], rel=1e-6)
+    assert float(curve(tmp_path / "run")[-1]["return"]) >= sum(range(1, 8))
 
 
 def test_checkpoint_holds_replay_and_counters(finished):

@@ -71,7 +71,7 @@ def test_zero_timesteps_builds_everything_and_exits(run, tmp_path):
     saved = json.loads((run_dir / "args.json").read_text())
     args = brc.Args(
         env_ids=("dmc/cartpole-swingup", REACH), total_timesteps=0, critic_width=48, seed=5, run_root=str(tmp_path),
-        exp_name="zero",
+        exp_name="zero", batch_size=1024,
     )  # fmt: skip
     assert {name: saved[name] for name in asdict(args)} == {**asdict(args), "env_ids": list(args.env_ids)}
     info = {"num_tasks": 2, "task_names": list(args.env_ids), "observation_dim": 39, "action_dim": 4}
@@ -84,6 +84,29 @@ def test_zero_timesteps_builds_everything_and_exits(run, tmp_path):
     state = zero_state(args, 2, 39, 4)
     for part in ([state.critic, state.target_critic], state.actor):
         assert f"{brc.parameter_count(part):,}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("tasks", "given", "expected"),
+    [([REACH], [], 256), ([REACH, "dmc/cartpole-swingup"], [], 1024), ([REACH], ["--batch-size", "32"], 32)],
+)
+def test_batch_size_follows_the_number_of_tasks(tasks, given, expected, tmp_path):
+    """Section 4: the backbone's 256 times 4 for several tasks."""
+    train("--env-ids", *tasks, *given, "--total-timesteps", 0, "--critic-width", 8, "--run-root", tmp_path,
+          "--run-name", "run")  # fmt: skip
+    assert json.loads((tmp_path / "run/args.json").read_text())["batch_size"] == expected
+
+
+def test_one_switch_for_the_released_code():
+    """--variant sets three choices; one given by hand wins, also where it names the paper's."""
+    choices = lambda *flags: [  # noqa: E731
+        getattr(brc.parse_args(["--env-ids", REACH, *flags]), name)
+        for name in ("variant", "embedding_norm", "truncation_bootstrap", "entropy_correction")
+    ]
+    assert choices() == choices("--variant", "paper") == ["paper", "l1", "critic", "empirical"]
+    assert choices("--variant", "released-code") == ["released-code", "l2", "mean-reward", "constant"]
+    assert choices("--embedding-norm", "l1", "--variant", "released-code")[1:] == ["l1", "mean-reward", "constant"]
+    assert choices("--embedding-norm", "l2")[1:] == ["l2", "critic", "empirical"]
 
 
 # --------------------------------------------------------------------------------------------------- a whole run

@@ -108,6 +108,17 @@ def test_every_row_takes_the_head_of_its_task():
 
 
 @pytest.mark.parametrize("num_heads", [1, 3])
+def test_the_log_std_head_starts_with_gain_1_and_the_mean_with_sqrt_2(num_heads):
+    parameters = brc.Actor(WIDTH, 1, 4, num_heads).init(
+        jax.random.PRNGKey(0), jnp.zeros((2, INPUTS)), jnp.zeros(2, jnp.int32)
+    )
+    for name, gain in (("Heads_0", math.sqrt(2)), ("Heads_1", 1.0)):  # mean, then log_std
+        kernel = np.asarray(parameters["params"][name]["Dense_0"]["kernel"]).reshape(WIDTH, num_heads, 4)
+        for head in range(num_heads):
+            np.testing.assert_allclose(kernel[:, head].T @ kernel[:, head], gain**2 * np.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
 def test_log_std_covers_minus_10_to_2_and_no_more(num_heads):
     network, task_ids = brc.Actor(WIDTH, 1, 2, num_heads), jnp.arange(64) % num_heads
     x = np.random.default_rng(3).normal(size=(64, INPUTS)).astype(np.float32)
