@@ -141,7 +141,7 @@ def test_launcher_runs_stops_resumes_skips_and_reports(monkeypatch, tmp_path, en
     def stop_when_only_the_long_run_is_left():
         while not ended.wait(0.05):  # after the end, the signal would meet pytest
             if good_job.state() == "finished" and checkpoint_steps(directory["long"]):
-                time.sleep(1)  # the good run's last lines
+                time.sleep(3)  # the good run's last lines, and its end
                 return None if ended.is_set() else os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=stop_when_only_the_long_run_is_left)
