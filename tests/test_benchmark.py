@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import zlib
 from dataclasses import replace
 from itertools import permutations
@@ -138,10 +137,16 @@ def test_launcher_runs_stops_resumes_skips_and_reports(monkeypatch, tmp_path, en
 
     ended = threading.Event()
 
+    def has_ended(run: Path) -> bool:
+        with (run / ".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the launcher's, which the script holds while it lives
+            return True
+        return False
+
     def stop_when_only_the_long_run_is_left():
         while not ended.wait(0.05):  # after the end, the signal would meet pytest
-            if good_job.state() == "finished" and checkpoint_steps(directory["long"]):
-                time.sleep(3)  # the good run's last lines, and its end
+            finished = good_job.state() == "finished" and has_ended(directory["good"])
+            if finished and checkpoint_steps(directory["long"]):
                 return None if ended.is_set() else os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=stop_when_only_the_long_run_is_left)
