@@ -10,25 +10,28 @@
 
 "Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners"
 (Nauman et al., 2025, arXiv:2505.23150), Section 4 "Transfer learning" and Figures 2, 10, 11 and 24. It starts from the
-run directory of a multi-task run of brc_sac_continuous.py and never trains on the pretraining tasks again:
+run directory of a multi-task run of brc_sac_continuous.py and never acts in the pretraining tasks again:
 
   model      a single-task learner starts from the pretrained actor, critic and target critic, with a new embedding, and
              learns online from the new task alone: SAC+BRC as in brc_sac_continuous.py              (Figures 2, 10, 11)
   embedding  everything is frozen but the embedding e of the new task, inferred from --adaptation-transitions of it:
-               selected  of the pretrained e_j that acted, the one with the highest observed return; where returns are
-                         equal, the one with the lowest TD cross-entropy on all transitions
-               tuned     e <- e - lr grad_e TD(e), from the selected one; the e with the lowest TD(e) on the way
-               random    one of the pretrained e_j (the paper's zero-shot)
-               mean      the mean of the pretrained e_j                                              (Figures 11, 24)
-  data       a fresh learner; a share of each batch are transitions of pretraining (Ball et al., 2023)   (Figure 11)
+               selected  of the pretrained e_j that acted, the one with the highest mean reward; where these are equal,
+                         the one with the lowest TD(e) on all transitions        (the paper's few-shot, Figure 11)
+               random    one of the pretrained e_j                               (the paper's zero-shot, Figure 11)
+               tuned     Adam on TD(e) from the selected one; the e with the lowest TD(e) on the way         (ours)
+               mean      the mean of the pretrained e_j                                                      (ours)
+  data       a fresh learner; a share of each batch is transitions of pretraining (Ball et al., 2023), each with its
+             task's embedding and G; the paper's learner is single-task                              (Figure 11)
   scratch    the control: the same learner with nothing given
 
-  TD(e)      cross-entropy of p_k(s, a, e) with y, less the entropy of y; summed over critics k, mean over transitions
+  TD(e)      KL(y || p_k(s, a, e)), summed over critics k, mean over transitions; y gets no gradient. (Cross-entropy
+             alone would prefer the e whose own target is sharpest.)
   y          as in C.2: projection of  r V_max / (G + lambda) + gamma (1 - terminated) (z - alpha log pi(a'|s', e))
              with a' ~ pi(s', e); G and lambda (Eq. 2-4) are those of the pretraining task that e comes from
 
-What --variant chose in pretraining (embedding norm, tail of a truncated return, lambda) holds here, too. All four have the network sizes of the pretrained run. A new task may have fewer observations and actions than the
-pretrained agent: they are padded as in pretraining.
+All four have the networks of the pretrained run, and what --variant chose in pretraining (embedding norm, tail of a
+truncated return, lambda) holds here, too. A new task may have fewer observations and actions than the pretrained agent:
+they are padded as in pretraining.
 
   python brc_sac_continuous.py --env-ids metaworld/reach metaworld/door-close metaworld/handle-press --run-name many
   python brc_embedding_transfer.py --pretrained runs/many --env-ids metaworld/reach-wall                   # model
@@ -62,7 +65,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import flax.linen as nn
 import gymnasium as gym
@@ -75,19 +78,29 @@ import tyro
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-# Copied from brc_sac_continuous.py
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit status 2."""
+# ======================================================================================================================
+# Part 1 of 3, the algorithm. SAC+BRC's agent and replay are copies of brc_sac_continuous.py's; transfer itself begins
+# at "the pretrained agent". Part 2: tasks and environments. Part 3: the run (directory, curves, checkpoints).
+# ======================================================================================================================
 
+SCRIPT = "brc_embedding_transfer"
+PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
+AGGREGATES = {"mean": np.mean}  # over tasks, of an evaluation
 
-# ---------------------------------------------------------------------------------------------------- arguments
+PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
+NonNegativeInt = Annotated[int, "[0, inf)"]
+NonNegativeFloat = Annotated[float, "[0, inf)"]
 
 
 @dataclass
 class Args:
-    """Transfer of a multi-task SAC+BRC agent (Nauman et al., 2025, Section 4). Learning is Table 3's, sizes are the
-    pretrained run's."""
+    """Transfer of a multi-task SAC+BRC agent (Nauman et al., 2025, Section 4). Learning is Table 3's, the networks are
+    the pretrained run's."""
 
     pretrained: str | None = None
     """run directory of a multi-task run of brc_sac_continuous.py; scratch takes its network sizes only"""
@@ -97,10 +110,10 @@ class Args:
     """new tasks, as family/task; model, data and scratch learn one task a run"""
     suite: str | None = None
     """a set of new tasks by name: metaworld-transfer, hb-medium-transfer, hb-hard-transfer or shadowhand-transfer"""
-    seed: int = 1
+    seed: Annotated[int, "[0, 2147483648)"] = 1
     """seed of fresh networks, exploration, replay sampling, environments and the random embedding"""
-    exp_name: str = "brc_embedding_transfer"
-    """name of the experiment, part of the run's name"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's name (default: the file's, so that a renamed copy is its own)"""
     run_name: str | None = None
     """name of the run directory (default: {suite or first task}__{exp_name}-{protocol}__{seed}__{unix time})"""
     run_root: str = "runs"
@@ -110,17 +123,17 @@ class Args:
     checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """envpool steps dmc/ and metaworld/ tasks fastest; gymnasium is the reference and runs every family"""
-    total_timesteps: int = 500_000
+    total_timesteps: NonNegativeInt = 500_000
     """environment steps of model, data and scratch (Figure 11); 0 builds everything and exits"""
-    learning_starts: int = 5_000
+    learning_starts: PositiveInt = 5_000
     """steps before the first update: of the pretrained policy in model, uniformly random in data and scratch"""
-    eval_every: int = 25_000
+    eval_every: PositiveInt = 25_000
     """environment steps between evaluations"""
-    eval_episodes: int = 10
+    eval_episodes: PositiveInt = 10
     """evaluation episodes, actions at the policy's mean"""
-    checkpoint_every: int = 100_000
+    checkpoint_every: PositiveInt = 100_000
     """environment steps between checkpoints; one more is written at the end and when stopped"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep"""
     capture_video: bool = False
     """write an mp4 of one evaluation episode to RUN_DIR/videos/ (headless: MUJOCO_GL=egl)"""
@@ -134,73 +147,61 @@ class Args:
     first --adaptation-transitions steps"""
     load_optimizer: bool = False
     """model: continue with the pretrained optimizers' moments, too"""
-    adaptation_transitions: int = 300
+    adaptation_transitions: PositiveInt = 300
     """embedding: transitions of each new task from which its embedding is inferred (the paper: less than a thousand)"""
-    embedding_lr: float = 3e-4
+    embedding_lr: NonNegativeFloat = 3e-4
     """embedding: Adam learning rate of the tuned embedding (default: measured, see README)"""
-    embedding_updates: int = 500
+    embedding_updates: NonNegativeInt = 500
     """embedding: gradient steps on the tuned embedding, each on all transitions"""
     heatmap: bool = False
     """embedding: evaluate every pretrained embedding on every new task, to heatmap.csv and heatmap.png (Figure 24)"""
-    prior_fraction: float | None = 0.5
+    prior_fraction: Annotated[float | None, "[0, 1)"] = 0.5
     """data: share of pretraining transitions in each batch (Ball et al., 2023); None samples all transitions alike"""
 
-    discount: float | None = None
+    discount: Annotated[float | None, "[0, 1)"] = None
     """gamma (default: the pretrained run's)"""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, "[1, inf)"] = None
     """transitions per update (default: 256, the single-task batch of Section 4; 1024 with --protocol data, whose critic
     learns prior tasks as well, Table 3)"""
-    utd: int = 2
+    utd: PositiveInt = 2
     """updates per environment step (Table 3)"""
-    buffer_size: int = 1_000_000
-    """replay capacity (Table 3)"""
-    polyak_tau: float = 5e-3
+    buffer_size: Annotated[int, "[9, inf)"] = 1_000_000
+    """replay capacity (Table 3); a ring of fewer than 9 slots could hold nothing but resets"""
+    polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 3)"""
-    actor_lr: float = 3e-4
+    actor_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the actor (Table 3)"""
-    critic_lr: float = 3e-4
+    critic_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the critic and the task embeddings (Table 3)"""
-    temperature_lr: float = 3e-4
-    """Adam (b1 = 0.5) learning rate of the temperature (Table 3)"""
-    weight_decay: float = 1e-4
+    temperature_lr: NonNegativeFloat = 3e-4
+    """learning rate of the temperature (Table 3), by Adam with b1 = 0.5 as in the released code"""
+    weight_decay: NonNegativeFloat = 1e-4
     """AdamW weight decay (Table 3)"""
-    initial_temperature: float | None = None
+    initial_temperature: Annotated[float | None, "[1e-12, inf)"] = None
     """alpha at the start (default: in model that of the end of pretraining, else the pretrained run's at its start)"""
-    target_entropy: float | None = None
-    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, Table 3)"""
+    target_entropy: Annotated[float | None, "(-inf, inf)"] = None
+    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, as in the released code
+    and BRO; Table 3 prints |A|/2)"""
 
 
 RELEASED_CODE: dict = {}  # the pretrained run decides what the paper's variant is
-POSITIVE = {  # smallest allowed value of every number, checked before anything is built
-    "total_timesteps": 0, "learning_starts": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
-    "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "buffer_size": 9, "seed": 0, "actor_lr": 0.0, "critic_lr": 0.0,
-    "temperature_lr": 0.0, "weight_decay": 0.0, "polyak_tau": 0.0, "initial_temperature": 1e-12,
-    "adaptation_transitions": 1, "embedding_lr": 0.0, "embedding_updates": 0,
+RESUMABLE = {  # arguments that a resumed run may change
+    "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
+    "wandb_project", "env_backend", "resume", "pretrained",
 }  # fmt: skip
 
 
-def check_args(args: Args) -> None:
-    """Raises UserError for a number outside its range and for flags that do not go together."""
-    for name, smallest in POSITIVE.items():
-        value = getattr(args, name)
-        if value is not None and not (smallest <= value < math.inf):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {smallest}")
-    for name, value in (("discount", args.discount), ("prior-fraction", args.prior_fraction)):
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"--{name} {value}: must be in [0, 1)")
-    if args.polyak_tau > 1:
-        raise UserError(f"--polyak-tau {args.polyak_tau}: must be in [0, 1]")
-    if args.target_entropy is not None and not math.isfinite(args.target_entropy):
-        raise UserError(f"--target-entropy {args.target_entropy}: must be a finite number")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed {args.seed}: must be below 2^31")
+def check_together(args: Args, tasks: list[str]) -> None:
+    """Raises UserError for arguments that do not go together."""
     if not args.pretrained:
         raise UserError("no pretrained agent: give --pretrained, the run directory of brc_sac_continuous.py on tasks")
+    if len(tasks) > 1 and args.protocol != "embedding":
+        raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one of --env-ids")
     if args.heatmap and args.protocol != "embedding":
         raise UserError(f"--heatmap goes with --protocol embedding, not {args.protocol}")
-    choosing = args.adaptation_transitions if args.protocol == "model" and args.embedding_init == "best" else 0
     if args.track and args.protocol == "embedding":
         raise UserError("--track goes with --protocol model, data or scratch, not embedding")
+    choosing = args.adaptation_transitions if args.protocol == "model" and args.embedding_init == "best" else 0
     if 0 < args.total_timesteps < choosing:
         raise UserError(f"--total-timesteps {args.total_timesteps}: fewer than --adaptation-transitions {choosing}")
     if args.learning_starts < choosing:
@@ -210,7 +211,986 @@ def check_args(args: Args) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- tasks and suites
+# ------------------------------------------------------------------------------------------------------------- networks
+
+# Copied from brc_sac_continuous.py
+orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+
+
+# Copied from brc_sac_continuous.py
+class BroNet(nn.Module):
+    """BroNet (Nauman et al., 2024; C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized
+    dense layers."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        for _ in range(self.depth):
+            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+        return x
+
+
+# Copied from brc_sac_continuous.py
+class SimBa(nn.Module):
+    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x inverted bottleneck; its input is normalized by
+    running statistics, of the sampled batches, which the agent keeps."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(1.0))(x)
+        for _ in range(self.depth):
+            y = nn.Dense(4 * self.width, kernel_init=nn.initializers.he_normal())(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(nn.relu(y))
+        return nn.LayerNorm()(x)
+
+
+# Copied from brc_sac_continuous.py
+class MLP(nn.Module):
+    """The vanilla SAC network: `depth` ReLU layers."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(self.depth):
+            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal)(x))
+        return x
+
+
+# Copied from brc_sac_continuous.py
+class Heads(nn.Module):
+    """A linear output; with num_heads > 1, one per task, of which each row takes its own (multi-head SAC: Yu et al.,
+    2020, Meta-World)."""
+
+    features: int
+    num_heads: int
+    gain: float = math.sqrt(2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
+            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
+            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+
+        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
+        if self.num_heads == 1:
+            return x
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
+        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
+
+
+# Copied from brc_sac_continuous.py
+class Critic(nn.Module):
+    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
+
+    backbone: type[nn.Module]
+    width: int
+    depth: int
+    features: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+
+
+# Copied from brc_sac_continuous.py
+class Actor(nn.Module):
+    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
+
+    width: int
+    depth: int
+    action_dim: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = BroNet(self.width, self.depth)(x)
+        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
+        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))  # the range is BRO's and the released code's
+
+
+# Copied from brc_sac_continuous.py
+def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
+    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
+
+    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
+    """
+    noise = jax.random.normal(key, mean.shape)
+    x = mean + jnp.exp(log_std) * noise
+    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
+    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------- categorical projection
+
+
+# Copied from brc_sac_continuous.py
+def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
+    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
+
+    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
+    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
+    a [batch, N, N] tensor is never built.
+    """
+    num_atoms = probs.shape[-1]
+    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
+    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
+    upper_share = position - lower
+    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
+    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
+    return projected.at[rows, lower + 1].add(probs * upper_share)
+
+
+# ------------------------------------------------------------------------------------------------- return normalization
+
+
+# Copied from brc_sac_continuous.py
+class ReturnNormalizer:
+    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
+
+    max_return is G_i (Gbar_i above). It covers |r| at once, which is not in the paper, as a reward enters the replay
+    before its episode ends; and returns when the episode ends, with zero after the end if it terminated, the given
+    bootstrap value if it was truncated. With a bootstrap of at most G_i in magnitude, G_i <= max |r| / (1 - discount)
+    by induction: |r| + discount G_i keeps the bound.
+    """
+
+    def __init__(self, num_tasks: int, discount: float):
+        self.max_return = np.zeros(num_tasks, np.float32)
+        self.discount = discount
+        self.episodes: list[list[float]] = [[] for _ in range(num_tasks)]
+
+    def update(self, rewards, terminated, truncated, valid, bootstrap=None) -> None:
+        """One step of every task, each [num_tasks]; valid is False where it was a reset (next-step autoreset).
+        bootstrap: value of the final observation in units of reward, used where truncated; None takes the episode's
+        mean reward / (1 - discount), as the released code does."""
+        # a new array: an update in flight may still read the old one
+        self.max_return = np.where(valid, np.maximum(self.max_return, np.abs(rewards)), self.max_return)
+        for task in np.flatnonzero(valid):
+            self.episodes[task].append(float(rewards[task]))
+            if not (terminated[task] or truncated[task]):
+                continue
+            episode, self.episodes[task] = self.episodes[task], []
+            value = 0.0
+            if truncated[task]:
+                value = np.mean(episode) / (1 - self.discount) if bootstrap is None else float(bootstrap[task])
+            for reward in reversed(episode):
+                value = reward + self.discount * value
+                self.max_return[task] = max(self.max_return[task], abs(value))
+
+    def named(self, tasks: list[str]) -> dict[str, float]:
+        """G_i for TensorBoard."""
+        return {f"normalizer/{task}": g for task, g in zip(tasks, self.max_return, strict=True)}
+
+
+# ----------------------------------------------------------------------------------------------- agent state and update
+
+# Copied from brc_sac_continuous.py
+ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 is a running mean, from 0 on, over each batch's entries of task i
+# Copied from brc_sac_continuous.py
+MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
+
+
+# Copied from brc_sac_continuous.py
+class RunningStatistics(NamedTuple):
+    """Mean and variance of observations [|S|], for SimBa's input normalization."""
+
+    count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+# Copied from brc_sac_continuous.py
+class AgentState(NamedTuple):
+    """Everything that learning changes, on the device."""
+
+    actor: Any  # parameters; *_optimizer: the optimizer's state
+    actor_optimizer: Any
+    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic_optimizer: Any
+    target_critic: Any  # as critic, its own averaged embedding included
+    log_temperature: jax.Array  # one alpha for all tasks
+    temperature_optimizer: Any
+    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
+    statistics: RunningStatistics
+    key: jax.Array
+
+
+# Copied from brc_sac_continuous.py
+class Agent(NamedTuple):
+    """The functions of one agent, see make_agent: act to update are compiled, those after update serve diagnostics."""
+
+    init: Callable
+    act: Callable
+    act_deterministic: Callable
+    value: Callable
+    update: Callable
+    embed: Callable
+    critic_target: Callable
+    critic_loss: Callable
+    actor_loss: Callable
+
+
+# Copied from brc_sac_continuous.py
+def make_agent(
+    args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None, use_embedding=None
+) -> Agent:
+    """The agent as pure functions of AgentState. One task takes the same path, without embedding or extra heads.
+
+    action_dims: the tasks' own action sizes (default: action_dim for all). Entropy counts, and its target is set by,
+    the dimensions that a task has; those added by padding would otherwise hold entropy that its real actions lack.
+    use_embedding: whether inputs hold a task embedding (default: with several tasks, unless they have heads; transfer
+    gives one task an embedding, too). All batches are as Batch says, below.
+    """
+    if use_embedding is None:
+        use_embedding = num_tasks > 1 and args.task_conditioning == "embedding"
+    num_heads = num_tasks if num_tasks > 1 and args.task_conditioning == "heads" else 1
+    categorical = args.critic_loss == "ce"
+    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
+    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
+    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
+    atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
+    actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
+    critic_outputs_dim = args.num_atoms if categorical else 1
+    backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[args.critic_arch]
+    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
+    embedding_network = nn.Embed(num_tasks, args.embedding_size)
+    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
+    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
+    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
+
+    def init(seed: int) -> AgentState:
+        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + args.num_critics)
+        task_ids = jnp.zeros(1, jnp.int32)
+        conditioned_dim = observation_dim + args.embedding_size * use_embedding
+        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
+        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
+        critic_init = jax.jit(critic_network.init)
+        members = [critic_init(k, jnp.zeros((1, conditioned_dim + action_dim)), task_ids) for k in critic_keys]
+        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+        if use_embedding:
+            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
+        log_temperature = jnp.log(jnp.float32(args.initial_temperature))
+        return AgentState(
+            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
+            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks),
+            RunningStatistics(jnp.zeros(()), jnp.zeros(observation_dim), jnp.ones(observation_dim)), key,
+        )  # fmt: skip
+
+    def embed(critic, task_ids):
+        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
+        embedding = embedding_network.apply(critic["embedding"], task_ids)
+        order = 1 if args.embedding_norm == "l1" else 2
+        return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
+
+    def policy(actor, critic, observations, task_ids):
+        """Mean, log standard deviation and action mask, each [batch, |A|]. The embedding is the critic's, without
+        gradient: only the critic's loss trains it (Section 3, C.4)."""
+        if use_embedding:
+            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
+        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
+
+    def critic_outputs(critic, statistics, observations, actions, task_ids):
+        """Outputs of every critic, [num_critics, batch, num_atoms or 1]."""
+        if args.critic_arch == "simba":
+            observations = (observations - statistics.mean) / jnp.sqrt(statistics.variance + 1e-8)
+        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
+        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
+        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
+
+    def q_values(outputs):
+        """Expected return, mean over critics (C.1): [num_critics, batch, ...] to [batch]."""
+        values = (nn.softmax(outputs) * atoms).sum(-1) if categorical else outputs.squeeze(-1)
+        return values.mean(0)
+
+    def reward_scale(state, max_return):
+        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4).
+
+        H_i is negative where the policy reaches its target entropy -|A|/2, and Eq. 4 as printed could flip the sign of
+        Eq. 3; hence |H_i|. As G_i >= |r|, a normalized reward never exceeds V_max. A soft return can, unlike C.2 says:
+        lambda_i is added in units of reward, while the entropy bonus enters the target in units of V_max. The
+        projection clips the excess.
+        """
+        if not args.normalize_returns:
+            return jnp.ones(num_tasks)
+        temperature = jnp.exp(state.log_temperature)
+        entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else own_dims / 4
+        return args.v_max / jnp.maximum(max_return + temperature * entropy / (1 - args.discount), MIN_SCALE)
+
+    def critic_target(state, batch, max_return, key):
+        """Target distribution [batch, num_atoms] (C.2, with the entropy term of B's soft value), or target value
+        [batch] with MSE, and normalized rewards. The policy takes the online embedding, the target critic its own."""
+        next_observations, task_ids = batch.next_observations, batch.task_ids
+        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
+        discounts = args.discount * (1 - batch.terminated)
+        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
+        next_actions, next_log_probs = sample_action(key, *next_policy)
+        outputs = critic_outputs(state.target_critic, state.statistics, next_observations, next_actions, task_ids)
+        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
+        if not categorical:
+            return rewards + discounts * (q_values(outputs) + entropy_bonus), rewards
+        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
+        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, args.v_min, args.v_max), rewards
+
+    def critic_loss(critic, state, batch, target):
+        """Cross-entropy with the target distribution, or squared error; mean over the batch, sum over critics."""
+        outputs = critic_outputs(critic, state.statistics, batch.observations, batch.actions, batch.task_ids)
+        if categorical:
+            return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
+        return ((outputs.squeeze(-1) - target) ** 2).mean(-1).sum()
+
+    def actor_loss(actor, state, batch, key):
+        """Soft policy improvement, alpha log pi - Q, and the log-densities [batch]."""
+        actions, log_probs = sample_action(key, *policy(actor, state.critic, batch.observations, batch.task_ids))
+        q = q_values(critic_outputs(state.critic, state.statistics, batch.observations, actions, batch.task_ids))
+        return (jnp.exp(state.log_temperature) * log_probs - q).mean(), log_probs
+
+    def update_statistics(statistics, observations):
+        """Chan et al.'s parallel mean and variance."""
+        count = statistics.count + len(observations)
+        delta = observations.mean(0) - statistics.mean
+        mean = statistics.mean + delta * len(observations) / count
+        squares = statistics.variance * statistics.count + observations.var(0) * len(observations)
+        squares += delta**2 * statistics.count * len(observations) / count
+        return RunningStatistics(count, mean, squares / count)
+
+    def update_once(state: AgentState, batch: Batch, max_return: jax.Array):
+        """Critic, target critic, actor, temperature, in this order."""
+        key, critic_key, actor_key = jax.random.split(state.key, 3)
+        state = state._replace(key=key)
+        if args.critic_arch == "simba":
+            state = state._replace(statistics=update_statistics(state.statistics, batch.observations))
+
+        target, rewards = critic_target(state, batch, max_return, critic_key)
+        critic_loss_value, critic_gradient = jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
+        changes, opt_state = critic_optimizer.update(critic_gradient, state.critic_optimizer, state.critic)
+        critic = optax.apply_updates(state.critic, changes)
+        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
+        state = state._replace(critic=critic, critic_optimizer=opt_state, target_critic=target_critic)
+
+        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
+        (actor_loss_value, log_probs), actor_gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
+        changes, opt_state = actor_optimizer.update(actor_gradient, state.actor_optimizer, state.actor)
+        state = state._replace(actor=optax.apply_updates(state.actor, changes), actor_optimizer=opt_state)
+
+        counts = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
+        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(counts, 1)
+        moved = state.entropy + ENTROPY_RATE * (task_entropy - state.entropy)
+        state = state._replace(entropy=jnp.where(counts > 0, moved, state.entropy))
+
+        entropy = -log_probs.mean()
+        temperature_loss = jnp.exp(state.log_temperature) * (entropy - target_entropy[batch.task_ids].mean())
+        gradient = temperature_loss  # in log alpha, of which alpha is its own derivative
+        changes, opt_state = temperature_optimizer.update(gradient, state.temperature_optimizer)
+        log_temperature = state.log_temperature + changes
+        state = state._replace(log_temperature=log_temperature, temperature_optimizer=opt_state)
+        q = (target * atoms).sum(-1) if categorical else target
+        metrics = {
+            "losses/critic": critic_loss_value, "losses/actor": actor_loss_value,
+            "losses/temperature": temperature_loss, "gradient_norms/critic": optax.tree.norm(critic_gradient),
+            "gradient_norms/actor": optax.tree.norm(actor_gradient), "policy/entropy": entropy,
+            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
+            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
+            "rewards/normalized_max_abs": jnp.abs(rewards).max(),
+        }  # fmt: skip
+        return state, metrics
+
+    def update(state: AgentState, batches: Batch, max_return: jax.Array):
+        """The utd updates of one vector step, one compiled call, and the last one's metrics. batches: [utd, batch_size,
+        ...]; max_return: G_i."""
+        for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
+            state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
+        return state, metrics
+
+    def act(actor, critic, key, step, observations, task_ids):
+        """Sampled actions [batch, |A|]."""
+        return sample_action(jax.random.fold_in(key, step), *policy(actor, critic, observations, task_ids))[0]
+
+    def act_deterministic(actor, critic, observations, task_ids):
+        mean, _, mask = policy(actor, critic, observations, task_ids)
+        return jnp.tanh(mean) * mask
+
+    def value(state: AgentState, observations, max_return):
+        """Critic's value of one observation per task at the policy's mean action, in units of reward, [tasks].
+
+        Undoes Eq. 3 by G_i / V_max and clips, so that the tail of a return never exceeds G_i (C.2 does not say how). By
+        (G_i + lambda_i) / V_max, a truncation could raise G_i by about lambda_i, again and again, as it never falls:
+        on dmc/dog-walk it ran away.
+        """
+        task_ids = jnp.arange(len(observations))
+        actions = act_deterministic(state.actor, state.critic, observations, task_ids)
+        q = q_values(critic_outputs(state.critic, state.statistics, observations, actions, task_ids))
+        return jnp.clip(q / args.v_max, -1, 1) * max_return if args.normalize_returns else q
+
+    return Agent(
+        init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0), embed,
+        critic_target, critic_loss, actor_loss,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+# Copied from brc_sac_continuous.py
+class Batch(NamedTuple):
+    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+
+    observations: np.ndarray  # [..., |S|]
+    actions: np.ndarray  # [..., |A|]
+    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
+    terminated: np.ndarray  # [...], True if the episode terminated here; truncation does not cut the bootstrap
+    next_observations: np.ndarray  # [..., |S|]
+    task_ids: np.ndarray  # [...]
+
+
+# Copied from brc_sac_continuous.py
+def record_type(observation_dim: int, action_dim: int) -> np.dtype:
+    """One slot of replay, and one record of what is written to disk: an observation and what was done there; its next
+    observation is the next slot's.
+
+    Environments reset on the step after an episode's end and ignore that step's action (next-step autoreset, as in
+    envpool and Gymnasium). Here an episode of two steps ends and the next one begins:
+
+      slot           0      1      2           3      4
+      observation    s_0    s_1    s_2, last   s'_0   s'_1
+      action         a_0    a_1    ignored     a'_0   a'_1
+      reward         r_0    r_1    0           r'_0   r'_1
+      valid          yes    yes    no          yes    yes
+
+    The transition of slot 1 ends in s_2, where the bootstrap of a truncated episode is taken. Slot 2 is the step that
+    reset: it is not valid, no transition, never learned from.
+    """
+    return np.dtype([
+        ("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
+        ("terminated", "?"), ("valid", "?"),
+    ])  # fmt: skip
+
+
+# Copied from brc_sac_continuous.py
+class Replay:
+    """A ring of slots per task, [num_tasks, capacity + 1], all tasks in step, that stores every observation once. The
+    slot at `head` waits for its action."""
+
+    def __init__(self, num_tasks: int, capacity: int, observation_dim: int, action_dim: int):
+        self.slots = np.zeros((num_tasks, capacity + 1), record_type(observation_dim, action_dim))
+        self.inserted = 0
+
+    @property
+    def head(self) -> int:
+        return self.inserted % self.slots.shape[1]
+
+    @property
+    def size(self) -> int:
+        return min(self.inserted, self.slots.shape[1] - 1)
+
+    def start(self, observations: np.ndarray) -> None:
+        """First observations [num_tasks, |S|]; after a resume, the interrupted episodes end unlearned at `head`."""
+        if self.inserted:
+            self.advance()
+        self.slots["observation"][:, self.head] = observations
+
+    def advance(self) -> None:
+        self.inserted += 1
+        self.slots["valid"][:, self.head] = False
+
+    def insert(self, actions, rewards, terminated, valid, next_observations) -> None:
+        """One step of every task, [num_tasks, ...]; valid is False where this step was a reset."""
+        values = {"action": actions, "reward": rewards, "terminated": terminated, "valid": valid}
+        for name, value in values.items():
+            self.slots[name][:, self.head] = value
+        self.advance()
+        self.slots["observation"][:, self.head] = next_observations
+
+    def sample(self, rng: np.random.Generator, utd: int, batch_size: int) -> Batch:
+        """Uniform over the stored transitions of all tasks."""
+        (num_tasks, ring), shape = self.slots.shape, (utd, batch_size)
+        task_ids = rng.integers(num_tasks, size=shape, dtype=np.int32)
+        slots = (self.head - rng.integers(1, self.size + 1, size=shape)) % ring
+        while not (valid := self.slots["valid"][task_ids, slots]).all():
+            redrawn = int((~valid).sum())
+            task_ids[~valid] = rng.integers(num_tasks, size=redrawn)
+            slots[~valid] = (self.head - rng.integers(1, self.size + 1, size=redrawn)) % ring
+        return self.gather(task_ids, slots)
+
+    def gather(self, task_ids: np.ndarray, slots: np.ndarray) -> Batch:
+        """The transitions that begin in the given slots of the given tasks, both [...]."""
+        ring, flat = self.slots.shape[1], self.slots.reshape(-1)
+        now, following = task_ids * ring + slots, task_ids * ring + (slots + 1) % ring
+        return Batch(
+            flat["observation"][now], flat["action"][now], flat["reward"][now], flat["terminated"][now],
+            flat["observation"][following], task_ids,
+        )  # fmt: skip
+
+
+def sample(rng, online: Replay, prior: Replay | None, num_prior: int, utd: int, batch_size: int) -> Batch:
+    """Batches [utd, batch_size, ...]: num_prior rows of prior tasks (1, 2, ...), if there are any, the others of the
+    new one (0)."""
+    if prior is None:
+        return online.sample(rng, utd, batch_size)
+    batch, earlier = online.sample(rng, utd, batch_size - num_prior), prior.sample(rng, utd, num_prior)
+    earlier = earlier._replace(task_ids=earlier.task_ids + 1)
+    return Batch(*(np.concatenate(leaves, axis=1) for leaves in zip(earlier, batch, strict=True)))
+
+
+def all_transitions(replay: Replay) -> Batch:
+    """Every transition of the new task, [number, ...]."""
+    slots = np.flatnonzero(replay.slots["valid"][0])
+    return replay.gather(np.zeros(len(slots), np.int32), slots)
+
+
+# ------------------------------------------------------------------------------------------------- the pretrained agent
+
+
+class Pretrained(NamedTuple):
+    """A multi-task run of brc_sac_continuous.py."""
+
+    directory: Path
+    step: int  # of the checkpoint
+    info: SimpleNamespace  # env_info of args.json: task_names; observation_dim, action_dim of the widest; action_dims
+    settings: SimpleNamespace  # what make_agent takes as arguments in this run, see merged_settings
+    state: AgentState
+    embeddings: np.ndarray  # [num_tasks, embedding_size], of unit norm
+    max_return: np.ndarray  # [num_tasks], G_i
+    replay: Replay | None  # with --protocol data
+
+
+def merged_settings(args: Args, saved: dict) -> SimpleNamespace:
+    """Arguments of make_agent: of this run's those that have a value, else the pretrained run's. So its networks, atoms
+    and variant of the paper stay, and learning is this run's, whose target entropy is for other tasks."""
+    given = {name: value for name, value in asdict(args).items() if value is not None}
+    return SimpleNamespace(**{**saved, **given, "target_entropy": args.target_entropy})
+
+
+def load_pretrained(args: Args) -> Pretrained:
+    """Reads --pretrained: arguments, newest undamaged checkpoint and, for --protocol data, its replay.
+
+    Raises UserError unless it is a whole multi-task run of brc_sac_continuous.py with what the protocol needs.
+    """
+    directory, needed = Path(args.pretrained), {"task_conditioning": "embedding"}
+    if args.protocol == "embedding" or (args.protocol, args.embedding_init) == ("model", "best"):
+        needed["critic_loss"] = "ce"  # TD(e) is a cross-entropy
+    try:
+        saved = json.loads((directory / "args.json").read_text())
+        script, info, settings = saved["script"], SimpleNamespace(**saved["env_info"]), merged_settings(args, saved)
+        num_tasks, sizes = len(info.task_names), (info.observation_dim, info.action_dim)
+        unfit = [name for name, value in needed.items() if saved[name] != value]
+        agent, replay = make_agent(settings, num_tasks, *sizes, info.action_dims), None
+        blank = agent.init(0)  # with the checkpoint's structure
+        if args.protocol == "data":
+            replay = Replay(num_tasks, min(saved["buffer_size"], max(saved["total_timesteps"], 1) + 1000), *sizes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--pretrained {directory}: no run of brc_sac_continuous.py there ({error})") from error
+    if script != "brc_sac_continuous":
+        raise UserError(f"--pretrained {directory}: that run was made by {script}, not by brc_sac_continuous")
+    if num_tasks < 2:
+        (task,) = info.task_names
+        raise UserError(f"--pretrained {directory}: that run has one task, {task}; transfer needs several")
+    if unfit:
+        has, needs = (", ".join(f"--{k.replace('_', '-')} {v[k]}" for k in unfit) for v in (saved, needed))
+        raise UserError(f"--pretrained {directory}: that run has {has}; --protocol {args.protocol} needs {needs}")
+    if not checkpoint_steps(directory):
+        raise UserError(f"--pretrained {directory}: that run has no checkpoint yet")
+    try:
+        state, counters = load_checkpoint(directory, blank, replay)
+    except UserError as error:
+        raise UserError(f"--pretrained {directory}: none of its checkpoints is whole") from error
+    if args.resume:
+        before = json.loads((Path(args.resume) / "args.json").read_text()).get("pretrained_step")
+        if before != counters["step"]:
+            print(f"warning: {directory} has gone on from step {before} to {counters['step']}", file=sys.stderr)
+    embeddings = np.asarray(agent.embed(state.critic, np.arange(num_tasks)))
+    return Pretrained(
+        directory, counters["step"], info, settings, state, embeddings, np.float32(counters["max_return"]), replay
+    )
+
+
+def target_envs(task: str, pretrained: Pretrained, num_envs: int, seed: int, backend: str) -> "ParallelEnvs":
+    """num_envs copies of a new task, padded to the pretrained agent's sizes. Raises UserError if it is larger."""
+    envs, info = ParallelEnvs([task], num_envs, seed, backend), pretrained.info
+    for what in ("observation", "action"):
+        size, largest = getattr(envs, f"{what}_dim"), getattr(info, f"{what}_dim")
+        if size > largest:
+            envs.close()
+            raise UserError(f"{task} has {size} {what}s, the pretrained agent of {pretrained.directory} only {largest}")
+    envs.observation_dim, envs.action_dim = info.observation_dim, info.action_dim
+    envs.action_mask = np.arange(envs.action_dim) < np.array(envs.action_dims)[:, None]
+    return envs
+
+
+def target_information(args: Args, tasks: list[str], pretrained: Pretrained) -> dict:
+    """env_info of args.json. Makes every task once, so that one that cannot be made is refused before the first is
+    learned."""
+    own_sizes = []
+    for task in tasks:
+        envs = target_envs(task, pretrained, 1, args.seed, args.env_backend)
+        own_sizes.append((envs.observation_dims[0], envs.action_dims[0]))
+        envs.close()
+    observation_dims, action_dims = zip(*own_sizes, strict=True)
+    own = {"task_names": tasks, "observation_dims": observation_dims, "action_dims": action_dims}
+    return {**envs.information(), "num_tasks": len(tasks), **own}
+
+
+def embedding_table(embedding: np.ndarray) -> dict:
+    """Parameters of nn.Embed with one row."""
+    return {"params": {"embedding": jnp.asarray(embedding)[None]}}
+
+
+def with_embedding(state: AgentState, table: dict) -> AgentState:
+    """`state` with this embedding in critic and target critic."""
+    critics = {name: {**getattr(state, name), "embedding": table} for name in ("critic", "target_critic")}
+    return state._replace(**critics)
+
+
+def candidates(pretrained: Pretrained) -> list[tuple[AgentState, np.ndarray]]:
+    """The frozen agent with each pretrained embedding and its task's H, and the G [1] that rewards are divided by."""
+    state, found = pretrained.state, []
+    for task, embedding in enumerate(pretrained.embeddings):
+        own = state._replace(entropy=state.entropy[task : task + 1])
+        found.append((with_embedding(own, embedding_table(embedding)), pretrained.max_return[task : task + 1]))
+    return found
+
+
+def start_from_pretrained(args: Args, pretrained: Pretrained, fresh: AgentState, embedding: np.ndarray) -> AgentState:
+    """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding and, with
+    --load-optimizer, the optimizers' moments; the new embedding's are the mean of the pretrained ones'. G and H_i are
+    the new task's and start at zero: the --learning-starts steps of the pretrained policy set G before the first
+    update."""
+    old = pretrained.state
+    networks = {name: getattr(old, name) for name in ("actor", "critic", "target_critic", "statistics")}
+    state = with_embedding(fresh._replace(**networks), embedding_table(embedding))
+    if args.initial_temperature is None:
+        state = state._replace(log_temperature=old.log_temperature)
+    if args.load_optimizer:
+        adam, *rest = old.critic_optimizer
+        mean = lambda moments: jax.tree.map(lambda rows: rows.mean(0, keepdims=True), moments["embedding"])  # noqa: E731
+        adam = adam._replace(mu={**adam.mu, "embedding": mean(adam.mu)}, nu={**adam.nu, "embedding": mean(adam.nu)})
+        state = state._replace(
+            actor_optimizer=old.actor_optimizer, critic_optimizer=(adam, *rest),
+            temperature_optimizer=old.temperature_optimizer,
+        )  # fmt: skip
+    return jax.tree.map(jnp.copy, state)  # update() donates each buffer once; with_embedding put one in two places
+
+
+# ---------------------------------------------------------------------------------- embedding of a new task, all frozen
+
+MIN_SEGMENT = 25  # steps that an embedding acts at least, so that its return says something
+
+
+@partial(jax.jit, static_argnums=0)
+def td_cross_entropy(agent: Agent, state: AgentState, batch: Batch, max_return: jax.Array) -> jax.Array:
+    """TD(e) of the top of the file, a scalar; e is the embedding in `state`, and its gradient is that of p_k, not of y.
+    batch: [batch_size, ...] of the new task; max_return: [1], G of e's pretraining task."""
+    target, _ = agent.critic_target(state, batch, max_return, jax.random.PRNGKey(0))
+    target = jax.lax.stop_gradient(target)
+    entropy = -jax.scipy.special.xlogy(target, target).sum(-1).mean()
+    num_critics = len(jax.tree.leaves(state.critic["ensemble"])[0])
+    return agent.critic_loss(state.critic, state, batch, target) - num_critics * entropy
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def tune_embedding(agent: Agent, learning_rate: float, state: AgentState, optimizer_state, batch: Batch, max_return):
+    """One gradient step on the embedding in `state`; returns state, optimizer_state and the TD(e) before it."""
+
+    def loss(table):
+        return td_cross_entropy(agent, with_embedding(state, table), batch, max_return)
+
+    table = state.critic["embedding"]
+    value, gradient = jax.value_and_grad(loss)(table)
+    step, optimizer_state = optax.adam(learning_rate).update(gradient, optimizer_state)
+    return with_embedding(state, optax.apply_updates(table, step)), optimizer_state, value
+
+
+def tuned_embedding(args: Args, agent: Agent, state: AgentState, max_return: np.ndarray, batch: Batch):
+    """The embedding with the lowest TD(e) on the way of gradient descent from that of `state`; everything else in
+    `state` stays as it is. Returns the state with it, and TD(e) before and after."""
+    optimizer_state, history = optax.adam(args.embedding_lr).init(state.critic["embedding"]), []
+    for _ in range(args.embedding_updates + 1):
+        tried = state
+        state, optimizer_state, td = tune_embedding(agent, args.embedding_lr, state, optimizer_state, batch, max_return)
+        history.append(float(td))
+        if history[-1] == min(history):
+            best = tried
+    return best, history[0], min(history)
+
+
+def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, replay: Replay, run: "Run") -> list[int]:
+    """Collects --adaptation-transitions of the new task in segments, each acted by another pretrained embedding.
+
+    Where the budget is too small for all embeddings, the next to act is the one with the lowest TD(e) on what there is.
+    Returns indices of the embeddings that acted, best first: by mean reward in its segment, then by TD(e).
+    """
+    states = candidates(pretrained)
+    td = lambda i: float(td_cross_entropy(agent, states[i][0], all_transitions(replay), states[i][1]))  # noqa: E731
+    segments = max(1, min(len(states), args.adaptation_transitions // MIN_SEGMENT))
+    ends = np.linspace(0, args.adaptation_transitions, segments + 1).astype(int)
+    key, task_ids, mean_rewards = jax.random.PRNGKey(args.seed), np.zeros(1, np.int32), {}
+    for segment, (start, end) in enumerate(itertools.pairwise(ends)):
+        untried = [i for i in range(len(states)) if i not in mean_rewards]
+        if segment == 0:  # nothing is known yet: the embedding nearest to the mean of all
+            distance = np.linalg.norm(pretrained.embeddings - pretrained.embeddings.mean(0), axis=1)
+            index = int(distance.argmin())
+        elif len(untried) == segments - segment:
+            index = untried[0]  # all will have their turn
+        else:
+            index = min(untried, key=td)
+        state, _ = states[index]
+        observations, seen = envs.reset(), []
+        replay.start(observations)
+        while start + len(seen) < end:
+            step = start + len(seen)
+            actions = np.asarray(agent.act(state.actor, state.critic, key, step, observations, task_ids))
+            envs.send(actions)
+            observations, rewards, terminated, _, valid, _ = envs.recv()
+            replay.insert(actions, rewards, terminated, valid, observations)
+            if valid[0]:
+                seen.append(float(rewards[0]))
+                run.advance(0)
+        mean_rewards[index] = float(np.mean(seen))
+    return sorted(mean_rewards, key=lambda i: (-mean_rewards[i], td(i)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> None:
+    """Transfers one pretrained agent to the tasks of `args`; everything it writes is in its run directory."""
+    tasks, _ = resolve_tasks(args.suite, args.env_ids)
+    check_together(args, tasks)
+    args.batch_size = args.batch_size or (1024 if args.protocol == "data" else 256)
+    protocol, total = learn, args.total_timesteps
+    if args.protocol == "embedding":
+        protocol, total = adapt_embeddings, len(tasks) * args.adaptation_transitions * (total > 0)
+    with Run(args, args.suite or tasks[0], total, experiment=f"{args.exp_name}-{args.protocol}") as run:
+        pretrained = load_pretrained(args)
+        args.discount = pretrained.settings.discount
+        env_info = target_information(args, tasks, pretrained)
+        state = pretrained.state
+        print(f"pretrained: {len(pretrained.embeddings)} tasks, step {pretrained.step:,} of {pretrained.directory}")
+        print(f"parameters: {parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
+              f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
+        source = {"pretrained_step": pretrained.step, "pretrained_tasks": pretrained.info.task_names}
+        protocol(args, pretrained, tasks, run, {"env_info": env_info, **source})
+
+
+def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", information: dict) -> None:
+    """--protocol model, data and scratch: one learner on one new task, as in brc_sac_continuous.py. The new task has
+    number 0; those of prior data have 1, 2, ... and the G_i of pretraining."""
+    env_seed, eval_seed = run.seeds()
+    envs = target_envs(tasks[0], pretrained, 1, env_seed, args.env_backend)
+    sizes, settings, prior = (envs.observation_dim, envs.action_dim), pretrained.settings, pretrained.replay
+    action_dims, prior_max_return, prior_size = list(envs.action_dims), np.zeros(0, np.float32), 0
+    if prior:
+        action_dims += pretrained.info.action_dims
+        prior_max_return, prior_size = pretrained.max_return, int(prior.slots["valid"].sum())
+    use_embedding = args.protocol != "scratch"
+    agent = make_agent(settings, len(action_dims), *sizes, action_dims, use_embedding)
+    replay = Replay(1, min(args.buffer_size, args.total_timesteps + 1000), *sizes)
+    normalizer = ReturnNormalizer(1, args.discount)
+    rng = np.random.default_rng(args.seed)
+    state, saved = run.restore(agent.init(args.seed), replay)
+    if saved:
+        normalizer.max_return, rng.bit_generator.state = np.float32(saved["max_return"]), saved["rng"]
+    run.start(**information)
+    if args.total_timesteps == 0:
+        return envs.close()
+    if args.protocol == "model" and not saved:
+        embedding = starting_embedding(args, agent, pretrained, envs, replay, rng, run)
+        state = start_from_pretrained(args, pretrained, state, embedding)
+        normalizer.max_return[0] = np.abs(all_transitions(replay).rewards).max(initial=0)
+    eval_envs = target_envs(tasks[0], pretrained, eval_copies(1, args.eval_episodes), eval_seed, args.env_backend)
+    task_ids, act_key, metrics = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1), {}
+    observations = envs.reset()
+    replay.start(observations)
+
+    while True:
+        if run.evaluation_due():
+            act = partial(agent.act_deterministic, state.actor, state.critic)
+            evaluated = run.log_evaluation(evaluate(act, eval_envs, args.eval_episodes, run.stop))
+            if evaluated and args.capture_video:
+                record_videos(act, envs, run)
+        if run.checkpoint_due():
+            run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng.bit_generator.state)
+        if run.over():
+            break
+
+        # 1. act: the pretrained policy from the start, a fresh one after some random steps
+        learning = run.step >= args.learning_starts
+        if learning or args.protocol == "model":
+            actions = np.asarray(agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids))
+        else:
+            actions = rng.uniform(-1, 1, (1, envs.action_dim)).astype(np.float32) * envs.action_mask
+        envs.send(actions)
+        # 2. while the environment steps, the device updates
+        if learning:
+            alike = prior_size / (prior_size + replay.size)
+            fraction = alike if args.prior_fraction is None else args.prior_fraction
+            batches = sample(rng, replay, prior, round(args.batch_size * fraction), args.utd, args.batch_size)
+            max_return = np.concatenate([normalizer.max_return, prior_max_return])
+            state, metrics = agent.update(state, batches, max_return)
+        # 3. receive, store, update G
+        observations, rewards, terminated, truncated, valid, _ = envs.recv()
+        replay.insert(actions, rewards, terminated, valid, observations)
+        bootstrap = None
+        if settings.truncation_bootstrap == "critic" and truncated.any():
+            bootstrap = np.asarray(agent.value(state, observations, normalizer.max_return))
+        normalizer.update(rewards, terminated, truncated, valid, bootstrap)
+        run.advance(updates=args.utd if learning else 0)
+        if run.log_due():
+            run.log({**metrics, **envs.last_returns, **normalizer.named(tasks)})
+
+    run.finish()
+    envs.close()
+    eval_envs.close()
+
+
+def starting_embedding(args: Args, agent: Agent, pretrained: Pretrained, envs, replay, rng, run: "Run") -> np.ndarray:
+    """--embedding-init of model transfer. `best` spends steps of the run, whose transitions stay in `replay`."""
+    if args.embedding_init == "mean":
+        return pretrained.embeddings.mean(0)
+    if args.embedding_init == "random":
+        return pretrained.embeddings[rng.integers(len(pretrained.embeddings))]
+    best = explore_embeddings(args, agent, pretrained, envs, replay, run)[0]
+    tqdm.write(f"best embedding after {run.step} transitions: {pretrained.info.task_names[best]}")
+    return pretrained.embeddings[best]
+
+
+def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", information: dict) -> None:
+    """--protocol embedding: for every new task, the four embeddings of the top of the file, evaluated.
+
+    Writes embedding.csv (all four), eval.csv (the tuned one), embeddings/<task>.npy (the tuned one, [embedding_size])
+    and, with --heatmap, heatmap.csv and heatmap.png. A task's rows are written when it is finished, so a resumed run
+    goes on with the next.
+    """
+    tables, transitions = read_tables(run.directory), args.adaptation_transitions
+    finished = {row["target"] for row in tables["embedding.csv"]}
+    run.step, run.last_evaluation = len(finished) * transitions, transitions  # step of a row: of its task alone
+    run.start(**information)
+    if run.total == 0:
+        return
+    for number, task in enumerate(tasks):
+        if task in finished:
+            continue
+        env_seed, eval_seed, choice_seed = np.random.SeedSequence([args.seed, number]).generate_state(3).tolist()
+        envs = target_envs(task, pretrained, 1, env_seed, args.env_backend)
+        eval_envs = target_envs(task, pretrained, eval_copies(1, args.eval_episodes), eval_seed, args.env_backend)
+        sizes = envs.observation_dim, envs.action_dim
+        agent = make_agent(pretrained.settings, 1, *sizes, envs.action_dims, use_embedding=True)
+        states = infer_embeddings(args, agent, pretrained, envs, np.random.default_rng(choice_seed), run)
+        for (method, source), state in states.items():
+            act = partial(agent.act_deterministic, state.actor, state.critic)
+            if (rows := evaluate(act, eval_envs, args.eval_episodes, run.stop)) is None:
+                return tqdm.write(f"stopped; continue with --resume {run.directory}")
+            about = {"target": task, "method": method, "embedding": source, "transitions": transitions}
+            about |= {name: value for name, value in rows[0].items() if name != "task"}
+            tables["heatmap.csv" if method == "heatmap" else "embedding.csv"].append(about)
+            if method == "tuned":
+                counts = {"step": transitions, "updates": args.embedding_updates}
+                tables["eval.csv"].append({**counts, "wall_time": round(time.time() - run.started, 2), **rows[0]})
+                embedding, tuned_act = agent.embed(state.critic, np.zeros(1, np.int32))[0], act
+            run.tensorboard.add_scalar(f"eval/{method}/{task}", about["return"], transitions)
+        envs.close()
+        eval_envs.close()
+        (run.directory / "embeddings").mkdir(exist_ok=True)
+        np.save(run.directory / "embeddings" / f"{file_name(task)}.npy", embedding)
+        write_tables(run.directory, tables)
+        if args.capture_video:
+            record_videos(tuned_act, envs, run)  # which makes environments of its own
+    run.bar.close()
+    if args.heatmap:
+        draw_heatmap(tables["heatmap.csv"], pretrained.info.task_names, tasks, run.directory / "heatmap.png")
+    width = max(map(len, tasks))
+    print(f"{'target':<{width}} {'method':<9} {'return':>10} {'success':>8} {'score':>7}  embedding")
+    for row in tables["embedding.csv"]:
+        values = f"{float(row['return']):>10.1f} {row['success']:>8} {row['score']:>7}"
+        print(f"{row['target']:<{width}} {row['method']:<9} {values}  {row['embedding']}")
+
+
+def infer_embeddings(
+    args: Args, agent: Agent, pretrained: Pretrained, envs: "ParallelEnvs", rng: np.random.Generator, run: "Run"
+) -> dict[tuple[str, str], AgentState]:
+    """(method, where its embedding comes from): the frozen agent with that embedding."""
+    names, states, transitions = pretrained.info.task_names, candidates(pretrained), args.adaptation_transitions
+    replay = Replay(1, 2 * transitions + 100, envs.observation_dim, envs.action_dim)
+    selected = explore_embeddings(args, agent, pretrained, envs, replay, run)[0]
+    tuned, before, after = tuned_embedding(args, agent, *states[selected], all_transitions(replay))
+    task, random = envs.tasks[0], int(rng.integers(len(names)))
+    tqdm.write(f"{task}: {transitions} transitions; selected {names[selected]}, TD {before:.4f}; tuned to {after:.4f}")
+    for method, td in (("selected", before), ("tuned", after)):
+        run.tensorboard.add_scalar(f"td_cross_entropy/{method}/{task}", td, transitions)
+    found = {
+        ("selected", names[selected]): states[selected][0], ("tuned", names[selected]): tuned,
+        ("random", names[random]): states[random][0],
+        ("mean", "all"): with_embedding(pretrained.state, embedding_table(pretrained.embeddings.mean(0))),
+    }  # fmt: skip
+    if args.heatmap:
+        found |= {("heatmap", name): state for name, (state, _) in zip(names, states, strict=True)}
+    return found
+
+
+# --------------------------------------------------------------------------------------- tables of embedding adaptation
+
+
+def read_tables(directory: Path) -> dict[str, list[dict]]:
+    """Rows of the tasks that were finished: whose rows in embedding.csv, which is written last, are there."""
+    tables = {"heatmap.csv": [], "eval.csv": [], "embedding.csv": []}
+    for name, rows in tables.items():
+        if (directory / name).exists():
+            with (directory / name).open(newline="") as file:
+                rows += csv.DictReader(file)
+    finished = {row["target"] for row in tables["embedding.csv"]}
+    column = {"eval.csv": "task"}
+    return {name: [r for r in rows if r[column.get(name, "target")] in finished] for name, rows in tables.items()}
+
+
+def write_tables(directory: Path, tables: dict[str, list[dict]]) -> None:
+    for name, rows in tables.items():
+        if rows:
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            replace_file(directory / name, text.getvalue())
+
+
+def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path: Path) -> None:
+    """Figure 24: score (return where a task has none) of every pretrained embedding on every new task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    values = {(row["embedding"], row["target"]): float(row["score"] if row["score"] != "" else row["return"])
+              for row in rows}  # fmt: skip
+    matrix = np.array([[values[source, target] for target in targets] for source in sources])
+    figure, axes = plt.subplots(figsize=(2.5 + 0.7 * len(targets), 1.5 + 0.35 * len(sources)), layout="constrained")
+    image = axes.imshow(matrix, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
+    axes.set_yticks(range(len(sources)), sources)
+    axes.set_xlabel("new task")
+    axes.set_ylabel("pretrained embedding")
+    if matrix.size <= 400:
+        middle = (matrix.min() + matrix.max()) / 2
+        for (i, j), value in np.ndenumerate(matrix):
+            axes.text(j, i, f"{value:.2g}", ha="center", va="center", color="white" if value < middle else "black")
+    figure.colorbar(image, label="score")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ======================================================================================================================
+# Part 2 of 3, tasks and environments: names and suites, scores, environments, evaluation, videos. The same in
+# brc_sac_continuous.py, brc_offline_bc.py and brc_embedding_transfer.py.
+# ======================================================================================================================
 
 DMC = """acrobot-swingup acrobot-swingup-sparse ball-in-cup-catch cartpole-balance cartpole-balance-sparse
 cartpole-swingup cartpole-swingup-sparse cheetah-run dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy
@@ -267,18 +1247,37 @@ INSTALL = {  # what a family needs besides requirements.txt, or without it
     "shadowhand": "pip install gymnasium-robotics && git clone "
     "https://github.com/naumix/BiggerRegularizedCategorical && export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
 }
+LOCOMOTION = "walk stand run stair crawl pole slide hurdle maze".split()
+HB_MANIPULATION = """sit-simple sit-hard balance-simple balance-hard reach spoon window insert-small insert-normal
+bookshelf-simple bookshelf-hard""".split()
+MW_DMC = """walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup
+cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse ball-in-cup-catch finger-spin
+finger-turn-easy finger-turn-hard fish-swim hopper-stand hopper-hop""".split()
 HB_MEDIUM_TRANSFER = "run hurdle maze".split()
 HB_HARD_TRANSFER = "truck powerlift room door basketball push cabinet".split()
 METAWORLD_TRANSFER = "assembly disassemble dial-turn lever-pull push-back".split()
-SUITES = {  # name: tasks of E.2
-    "metaworld-transfer": [f"metaworld/{t}" for t in METAWORLD_TRANSFER],
-    "hb-medium-transfer": [f"humanoidbench/h1-{t}" for t in HB_MEDIUM_TRANSFER],
-    "hb-hard-transfer": [f"humanoidbench/h1hand-{t}" for t in HB_HARD_TRANSFER],
-    "shadowhand-transfer": [f"shadowhand/{t}" for t in SHADOWHAND_TRANSFER],
-}
+SUITES = {  # name: (tasks, environment steps per task): E.1, the splits of E.2, and Figure 10's three tasks
+    "dmc-dogs": ([f"dmc/dog-{t}" for t in ("stand", "walk", "trot", "run")], 500_000),
+    "dmc-humanoids": ([f"dmc/humanoid-{t}" for t in ("stand", "walk", "run")], 500_000),
+    "metaworld": ([f"metaworld/{t}" for t in METAWORLD], 500_000),
+    "hb-medium": ([f"humanoidbench/h1-{t}" for t in LOCOMOTION], 1_000_000),
+    "hb-hard": ([f"humanoidbench/h1hand-{t}" for t in LOCOMOTION + HB_MANIPULATION], 2_000_000),
+    "shadowhand": ([f"shadowhand/{t}" for t in SHADOWHAND], 1_000_000),
+    "mw-dmc": ([f"metaworld/{t}" for t in METAWORLD] + [f"dmc/{t}" for t in MW_DMC + DMC_EXTRA], 500_000),
+    "metaworld-pretrain": ([f"metaworld/{t}" for t in METAWORLD if t not in METAWORLD_TRANSFER], 500_000),
+    "metaworld-transfer": ([f"metaworld/{t}" for t in METAWORLD_TRANSFER], 500_000),
+    "hb-medium-3": ([f"humanoidbench/h1-{t}" for t in ("walk", "stair", "slide")], 1_000_000),
+    "hb-medium-pretrain": ([f"humanoidbench/h1-{t}" for t in LOCOMOTION if t not in HB_MEDIUM_TRANSFER], 1_000_000),
+    "hb-medium-transfer": ([f"humanoidbench/h1-{t}" for t in HB_MEDIUM_TRANSFER], 1_000_000),
+    "hb-hard-transfer": ([f"humanoidbench/h1hand-{t}" for t in HB_HARD_TRANSFER], 2_000_000),
+    "shadowhand-transfer": ([f"shadowhand/{t}" for t in SHADOWHAND_TRANSFER], 1_000_000),
+}  # fmt: skip
+SUITES |= {  # other names of the same sets
+    "hb-medium-6": SUITES["hb-medium-pretrain"], "hb-medium-9": SUITES["hb-medium"],
+    "hb-hard-pretrain": SUITES["hb-hard"], "shadowhand-pretrain": SUITES["shadowhand"],
+}  # fmt: skip
 
 
-# Copied from brc_sac_continuous.py
 def check_tasks(tasks: list[str]) -> None:
     """Raises UserError for an unknown family or task, naming the valid ones, and for a task named twice."""
     for task in tasks:
@@ -293,22 +1292,40 @@ def check_tasks(tasks: list[str]) -> None:
         raise UserError("a task is named twice in --env-ids")
 
 
-def resolve_tasks(args: Args) -> list[str]:
-    """The new tasks of a run. Raises UserError for an unknown suite, family or task, naming the valid ones."""
-    if args.suite and args.env_ids:
+def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str], int]:
+    """Task names and the environment steps per task that Section 4 gives them (1,000,000 where it gives none).
+
+    Raises UserError for an unknown suite, family or task, naming the valid ones.
+    """
+    if suite and env_ids:
         raise UserError("--suite and --env-ids exclude each other: give one of them")
-    if args.suite and args.suite not in SUITES:
-        raise UserError(f"unknown suite '{args.suite}'; suites: {', '.join(SUITES)}")
-    tasks = SUITES[args.suite] if args.suite else list(args.env_ids)
+    if suite and suite not in SUITES:
+        raise UserError(f"unknown suite '{suite}'; suites: {', '.join(SUITES)}")
+    tasks, steps = SUITES[suite] if suite else (list(env_ids), 1_000_000)
     if not tasks:
-        raise UserError(f"no new task: give --env-ids, such as metaworld/assembly, or --suite: {', '.join(SUITES)}")
-    if len(tasks) > 1 and args.protocol != "embedding":
-        raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one of --env-ids")
+        raise UserError(f"no tasks: give --env-ids, such as --env-ids dmc/walker-walk, or --suite: {', '.join(SUITES)}")
     check_tasks(tasks)
-    return tasks
+    return tasks, steps
 
 
-# Copied from brc_sac_continuous.py
+def list_tasks() -> None:
+    """Prints families with their tasks, the packages that they lack, and suites."""
+    modules = {"dmc": ["dm_control"], "metaworld": ["metaworld"], "humanoidbench": ["humanoid_bench", "torch"],
+               "shadowhand": ["dex_envs", "gymnasium_robotics"]}  # fmt: skip
+    for family, tasks in FAMILIES.items():
+        missing = [module for module in modules[family] if importlib.util.find_spec(module) is None]
+        print(f"{family}/ ({len(tasks)} tasks){': missing ' + ', '.join(missing) if missing else ''}")
+        if missing and family == "shadowhand":
+            print(f"  {', '.join(SHADOWHAND_ENVPOOL)} run without; for the others: {INSTALL[family]}")
+        elif missing:
+            print(f"  {INSTALL[family]}")
+        print(f"  {' '.join(tasks)}")
+    print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
+    print("suites:")
+    for suite, (tasks, steps) in SUITES.items():
+        print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
+
+
 def normalized_score(task: str, episode_return: float, success: float) -> float:
     """Score of an episode (E.3): success for metaworld and shadowhand, return / 1000 for dmc, Eq. 5 with Table 2 for
     humanoidbench, NaN where the paper defines none (gym)."""
@@ -320,8 +1337,6 @@ def normalized_score(task: str, episode_return: float, success: float) -> float:
         return (episode_return - random_return) / (success_return - random_return)
     return success if family in ("metaworld", "shadowhand") else math.nan
 
-
-# -------------------------------------------------------------------------------------------------- environments
 
 ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order; and the
     # hand's, whose achieved goal is part of the observation
@@ -344,7 +1359,6 @@ ENVPOOL_BROKEN = {  # in envpool 1.2.5 these are other tasks than dm_control's a
 }  # fmt: skip
 
 
-# Copied from brc_sac_continuous.py
 class DMControlEnv(gym.Env):
     """A dm_control task as a Gymnasium environment: flat float32 observation, actions rescaled by dm_control's own
     wrapper to [-1, 1], truncation at dm_control's time limit (1,000 steps).
@@ -381,7 +1395,6 @@ class DMControlEnv(gym.Env):
         return self.env.physics.render(height=240, width=320, camera_id=0)
 
 
-# Copied from brc_sac_continuous.py
 def extra_task_id(name: str) -> str:
     """Gymnasium's id of a task in DMC_EXTRA, after importing the file that registers them: the one thing that a script
     takes from benchmark/, found beside the script whatever the current directory is."""
@@ -395,7 +1408,6 @@ def extra_task_id(name: str) -> str:
     return gym_id
 
 
-# Copied from brc_sac_continuous.py
 def make_env(task: str, render_mode: str | None = None, seed: int | None = None) -> gym.Env:
     """One Gymnasium environment with a flat Box observation, actions in [-1, 1] and the paper's episode length (E.1).
 
@@ -456,7 +1468,6 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
-# Copied from brc_sac_continuous.py
 def make_worker_env(task: str, seed: int) -> gym.Env:
     """make_env for a worker process, which leaves it to the main process to handle Ctrl-C and SIGTERM."""
     if multiprocessing.parent_process() is not None:
@@ -465,7 +1476,6 @@ def make_worker_env(task: str, seed: int) -> gym.Env:
     return make_env(task, seed=seed)
 
 
-# Copied from brc_sac_continuous.py
 def envpool_id(task: str) -> str | None:
     """envpool's name of a dmc/, metaworld/ or shadowhand/ task, or None if it has none that works."""
     import envpool
@@ -477,7 +1487,6 @@ def envpool_id(task: str) -> str | None:
     return found if found in envpool.list_all_envs() and task not in ENVPOOL_BROKEN else None
 
 
-# Copied from brc_sac_continuous.py
 class EnvPoolTask:
     """num_envs copies of one task in one envpool pool; send and recv overlap with other work."""
 
@@ -518,7 +1527,6 @@ class EnvPoolTask:
         self.pool.close()
 
 
-# Copied from brc_sac_continuous.py
 class GymnasiumTask:
     """One task in a worker process, a Gymnasium AsyncVectorEnv of one environment.
 
@@ -571,13 +1579,29 @@ class GymnasiumTask:
         atexit.unregister(self.close)
 
 
-# Copied from brc_sac_continuous.py
+class Step(NamedTuple):
+    """One step of every row of ParallelEnvs, [size, ...]. Where it was a reset (next-step autoreset, see record_type),
+    valid is False, and so are terminated, truncated and done, the reward is 0 and success NaN."""
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray  # and not terminated
+    valid: np.ndarray
+    success: np.ndarray  # NaN where the environment reports none
+
+    @property
+    def done(self) -> np.ndarray:
+        return self.terminated | self.truncated
+
+
 class ParallelEnvs:
     """num_envs copies of every task that envpool steps, and one of every other, stepped all at once.
 
     Row r is a copy of task task_ids[r]. Observations are zero-padded to the widest task, actions cut to the task's own
-    size (E.1's mixes). After terminated or truncated, the next step resets that row: it returns the first observation
-    and ignores the action.
+    size (E.1's mixes). After done, the next step resets that row and ignores the action: next-step autoreset, see
+    record_type. episode_return, episode_success (at any step) and episode_length are those of each row's current
+    episode, at a done step of the whole one.
     """
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
@@ -606,7 +1630,17 @@ class ParallelEnvs:
             raise UserError(f"envpool has no {task}; take --env-backend auto")
         return GymnasiumTask(task, seed)
 
+    def information(self) -> dict:
+        """env_info of args.json."""
+        return {
+            "num_tasks": len(self.tasks), "task_names": self.tasks, "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim, "observation_dims": self.observation_dims, "action_dims": self.action_dims,
+        }  # fmt: skip
+
     def reset(self) -> np.ndarray:
+        self.done, self.last_returns = np.zeros(self.size, bool), {}
+        self.episode_return, self.episode_length = np.zeros(self.size), np.zeros(self.size, int)
+        self.episode_success = np.full(self.size, np.nan)
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         for rows, pool in self.rows:
             observations[rows, : pool.observation_dim] = pool.reset()
@@ -618,846 +1652,80 @@ class ParallelEnvs:
         for rows, pool in self.stepping:
             pool.send(actions[rows, : pool.action_dim])
 
-    def recv(self):
-        """Returns observations [size, observation_dim] and rewards, terminated, truncated, success, each [size].
-
-        success is NaN where the environment reports none; all is zero where a task was not stepped.
-        """
+    def recv(self) -> Step:
+        """Raises FloatingPointError for an observation or reward that is not finite. Rows that were not stepped are as
+        if they had been reset."""
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         rewards, success = np.zeros(self.size, np.float32), np.full(self.size, np.nan, np.float32)
-        terminated, truncated = np.zeros(self.size, bool), np.zeros(self.size, bool)
+        terminated, truncated, stepped = np.zeros((3, self.size), bool)
         for rows, pool in self.stepping:
             observation, rewards[rows], terminated[rows], truncated[rows], info = pool.recv()
-            observations[rows, : pool.observation_dim] = observation
+            observations[rows, : pool.observation_dim], stepped[rows] = observation, True
             success[rows] = info.get("success", info.get("is_success", np.nan))
-        return observations, rewards, terminated, truncated & ~terminated, success
+        finite = np.isfinite(rewards) & np.isfinite(observations).all(axis=1)
+        if not finite.all():
+            raise FloatingPointError(f"observation or reward of {self.tasks[self.task_ids[finite.argmin()]]}")
+        began, valid = self.done & stepped, stepped & ~self.done
+        step = Step(
+            observations, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, valid,
+            np.where(valid, success, np.nan),
+        )  # fmt: skip
+        self.done = np.where(stepped, step.done, self.done)
+        self.episode_return = np.where(began, 0, self.episode_return) + step.rewards
+        self.episode_length = np.where(began, 0, self.episode_length) + valid
+        self.episode_success = np.fmax(np.where(began, np.nan, self.episode_success), step.success)
+        if self.episode_length.max() > MAX_EPISODE_STEPS:
+            task = self.tasks[self.task_ids[self.episode_length.argmax()]]
+            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
+        for row in np.flatnonzero(step.done):
+            self.last_returns[f"train/return/{self.tasks[self.task_ids[row]]}"] = self.episode_return[row]
+        return step
 
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
 
 
-def target_envs(task: str, pretrained: "Pretrained", num_envs: int, seed: int, backend: str) -> ParallelEnvs:
-    """num_envs copies of a new task, padded to the pretrained agent's sizes. Raises UserError if it is larger."""
-    envs = ParallelEnvs([task], num_envs, seed, backend)
-    sizes = (("observations", envs.observation_dim, pretrained.observation_dim),
-             ("actions", envs.action_dim, pretrained.action_dim))  # fmt: skip
-    for what, size, largest in sizes:
-        if size > largest:
-            envs.close()
-            raise UserError(f"{task} has {size} {what}, the pretrained agent of {pretrained.run_dir} only {largest}")
-    envs.observation_dim, envs.action_dim = pretrained.observation_dim, pretrained.action_dim
-    envs.action_mask = np.arange(envs.action_dim) < np.array(envs.action_dims)[:, None]
-    return envs
-
-
-# -------------------------------------------------------------------------------------------------------- replay
-
-
-# Copied from brc_sac_continuous.py
-class Batch(NamedTuple):
-    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
-
-    observations: np.ndarray  # [..., |S|]
-    actions: np.ndarray  # [..., |A|]
-    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
-    terminated: np.ndarray  # [...], 1.0 if the episode terminated here; truncation does not cut the bootstrap
-    next_observations: np.ndarray  # [..., |S|]
-    task_ids: np.ndarray  # [...]
-
-
-# Copied from brc_sac_continuous.py
-class Replay:
-    """A ring of transitions per task, all tasks in step, that stores every observation once.
-
-    Slot t holds observation t and what was done there; its next observation is slot t + 1's. The slot of an
-    episode's final observation is the step that the environment used to reset: it is invalid and never sampled. The
-    slot at `head` waits for its action.
-    """
-
-    def __init__(self, num_tasks: int, capacity: int, observation_dim: int, action_dim: int):
-        shape = (num_tasks, capacity + 1)
-        self.observations = np.zeros((*shape, observation_dim), np.float32)
-        self.actions = np.zeros((*shape, action_dim), np.float32)
-        self.rewards = np.zeros(shape, np.float32)
-        self.terminated = np.zeros(shape, np.float32)
-        self.valid = np.zeros(shape, bool)
-        self.inserted, self.slots = 0, capacity + 1
-
-    def start(self, observations: np.ndarray) -> None:
-        """First observations [num_tasks, |S|]; after a resume, the interrupted episodes end unlearned at `head`."""
-        if self.inserted:
-            self.advance()
-        self.observations[:, self.head] = observations
-
-    @property
-    def head(self) -> int:
-        return self.inserted % self.slots
-
-    @property
-    def size(self) -> int:
-        return min(self.inserted, self.slots - 1)
-
-    def advance(self) -> None:
-        self.inserted += 1
-        self.valid[:, self.head] = False
-
-    def insert(self, actions, rewards, terminated, valid, next_observations) -> None:
-        """One step of every task, [num_tasks, ...]; valid is False where this step was a reset."""
-        self.actions[:, self.head] = actions
-        self.rewards[:, self.head] = rewards
-        self.terminated[:, self.head] = terminated
-        self.valid[:, self.head] = valid
-        self.advance()
-        self.observations[:, self.head] = next_observations
-
-    def sample(self, rng: np.random.Generator, utd: int, batch_size: int) -> Batch:
-        """Uniform over the stored transitions of all tasks."""
-        shape = (utd, batch_size)
-        task_ids = rng.integers(len(self.valid), size=shape, dtype=np.int32)
-        slots = (self.head - rng.integers(1, self.size + 1, size=shape)) % self.slots
-        while not (valid := self.valid[task_ids, slots]).all():
-            redrawn = int((~valid).sum())
-            task_ids[~valid] = rng.integers(len(self.valid), size=redrawn)
-            slots[~valid] = (self.head - rng.integers(1, self.size + 1, size=redrawn)) % self.slots
-        return self.gather(task_ids, slots)
-
-    def sample_task(self, rng: np.random.Generator, task: int, batch_size: int) -> Batch:
-        """Uniform over the stored transitions of one task, [batch_size, ...]."""
-        slots = (self.head - np.arange(1, self.size + 1)) % self.slots
-        slots = rng.choice(slots[self.valid[task, slots]], batch_size)
-        return self.gather(np.full(batch_size, task, np.int32), slots)
-
-    def gather(self, task_ids: np.ndarray, slots: np.ndarray) -> Batch:
-        now, following = task_ids * self.slots + slots, task_ids * self.slots + (slots + 1) % self.slots
-        # take() of flat arrays: twice as fast as indexing with two arrays
-        take = lambda array, rows: array.reshape(-1, *array.shape[2:]).take(rows, axis=0)  # noqa: E731
-        return Batch(
-            take(self.observations, now), take(self.actions, now), take(self.rewards, now),
-            take(self.terminated, now), take(self.observations, following), task_ids,
-        )  # fmt: skip
-
-    def records(self, task: int, slots: np.ndarray, observation_dim=None, action_dim=None) -> np.ndarray:
-        """Slots of one task as a structured array, cut to the given sizes: what is written to disk."""
-        observation_dim = observation_dim or self.observations.shape[-1]
-        action_dim = action_dim or self.actions.shape[-1]
-        dtype = [("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
-                 ("terminated", "?"), ("valid", "?")]  # fmt: skip
-        records = np.zeros(len(slots), dtype)
-        records["observation"] = self.observations[task, slots, :observation_dim]
-        records["action"] = self.actions[task, slots, :action_dim]
-        records["reward"], records["terminated"] = self.rewards[task, slots], self.terminated[task, slots]
-        records["valid"] = self.valid[task, slots]
-        return records
-
-    def load_records(self, task: int, slots: np.ndarray, records: np.ndarray) -> None:
-        """Inverse of `records`, uncut."""
-        self.observations[task, slots], self.actions[task, slots] = records["observation"], records["action"]
-        self.rewards[task, slots], self.terminated[task, slots] = records["reward"], records["terminated"]
-        self.valid[task, slots] = records["valid"]
-
-
-def sample(rng, online: Replay, prior: Replay | None, num_prior: int, utd: int, batch_size: int) -> Batch:
-    """Batches [utd, batch_size, ...]: num_prior rows of the prior tasks (1, 2, ...), the others of the new one (0)."""
-    batch = online.sample(rng, utd, batch_size - num_prior)
-    if prior is None:
-        return batch
-    earlier = prior.sample(rng, utd, num_prior)
-    earlier = earlier._replace(task_ids=earlier.task_ids + 1)
-    return Batch(*(np.concatenate(leaves, axis=1) for leaves in zip(earlier, batch, strict=True)))
-
-
-# ------------------------------------------------------------------------------------------------------ networks
-
-orthogonal = nn.initializers.orthogonal(math.sqrt(2))
-
-
-# Copied from brc_sac_continuous.py
-class BroNet(nn.Module):
-    """BroNet (C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized dense layers."""
-
-    width: int
-    depth: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-        for _ in range(self.depth):
-            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
-        return x
-
-
-# Copied from brc_sac_continuous.py
-class Heads(nn.Module):
-    """A linear output; with num_heads > 1, one per task, of which each row takes its own (Yu et al., 2020)."""
-
-    features: int
-    num_heads: int
-    gain: float = math.sqrt(2)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
-            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
-            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
-
-        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
-        if self.num_heads == 1:
-            return x
-        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
-        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
-
-
-# Copied from brc_sac_continuous.py
-class Critic(nn.Module):
-    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
-
-    backbone: type[nn.Module]
-    width: int
-    depth: int
-    features: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
-
-
-# Copied from brc_sac_continuous.py
-class Actor(nn.Module):
-    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
-
-    width: int
-    depth: int
-    action_dim: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = BroNet(self.width, self.depth)(x)
-        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
-        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
-        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
-
-
-# Copied from brc_sac_continuous.py
-def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
-    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
-
-    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
-    """
-    noise = jax.random.normal(key, mean.shape)
-    x = mean + jnp.exp(log_std) * noise
-    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
-    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
-
-
-# --------------------------------------------------------------------------------------- categorical projection
-
-
-# Copied from brc_sac_continuous.py
-def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
-    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
-
-    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
-    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
-    a [batch, N, N] tensor is never built.
-    """
-    num_atoms = probs.shape[-1]
-    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
-    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
-    upper_share = position - lower
-    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
-    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
-    return projected.at[rows, lower + 1].add(probs * upper_share)
-
-
-# ------------------------------------------------------------------------------------------ return normalization
-
-
-# Copied from brc_sac_continuous.py
-class ReturnNormalizer:
-    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
-
-    A reward enters the replay before its episode ends, so G_i covers |r| at once; it covers returns when the episode
-    ends: zero after the end if it terminated, the given bootstrap value if it was truncated. With a bootstrap of at
-    most G_i in magnitude, G_i <= max |r| / (1 - discount) by induction: |r| + discount G_i keeps the bound.
-    """
-
-    def __init__(self, num_tasks: int, discount: float):
-        self.max_return = np.zeros(num_tasks, np.float32)
-        self.discount = discount
-        self.episodes: list[list[float]] = [[] for _ in range(num_tasks)]
-
-    def update(self, rewards, terminated, truncated, valid, bootstrap=None) -> None:
-        """One step of every task, each [num_tasks]. bootstrap: value of the final observation in units of reward, used
-        where truncated; None takes the episode's mean reward / (1 - discount), as the released code does."""
-        self.max_return = np.where(valid, np.maximum(self.max_return, np.abs(rewards)), self.max_return)
-        for task in np.flatnonzero(valid):
-            self.episodes[task].append(float(rewards[task]))
-            if not (terminated[task] or truncated[task]):
-                continue
-            episode, self.episodes[task] = self.episodes[task], []
-            value = 0.0
-            if truncated[task]:
-                value = np.mean(episode) / (1 - self.discount) if bootstrap is None else float(bootstrap[task])
-            for reward in reversed(episode):
-                value = reward + self.discount * value
-                self.max_return[task] = max(self.max_return[task], abs(value))
-
-
-# ----------------------------------------------------------------------------------------- agent state and update
-
-ENTROPY_RATE = 0.05  # of the running mean that estimates H_i of Eq. 4 from each batch's rows of task i
-MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
-
-
-# Copied from brc_sac_continuous.py
-class RunningStatistics(NamedTuple):
-    """Mean and variance of observations [|S|], for SimBa's input normalization."""
-
-    count: jax.Array
-    mean: jax.Array
-    variance: jax.Array
-
-
-# Copied from brc_sac_continuous.py
-class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
-
-    actor: Any
-    actor_optimizer: Any
-    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
-    critic_optimizer: Any
-    target_critic: Any
-    log_temperature: jax.Array
-    temperature_optimizer: Any
-    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
-    statistics: RunningStatistics
-    key: jax.Array
-
-
-class Agent(NamedTuple):
-    """The compiled functions of one agent; see make_agent."""
-
-    init: Any
-    act: Any
-    act_deterministic: Any
-    value: Any
-    update: Any
-    td_cross_entropy: Any
-    tune_embedding: Any
-    parameter_norm: Any
-
-
-def make_agent(args: Args, sizes: SimpleNamespace, num_tasks: int, use_embedding: bool, action_dim: int) -> Agent:
-    """The agent as pure functions of AgentState; task 0 is the new one, 1, 2, ... those of prior data.
-
-    sizes: arguments of the pretrained run, and observation_dim, action_dim of its widest task. action_dim: the new
-    task's own number of actions; entropy counts, and its target is set by, the dimensions that a task has.
-    """
-    own_dims = jnp.array([action_dim] + sizes.action_dims[: num_tasks - 1])
-    action_mask = (jnp.arange(sizes.action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
-    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
-    atoms = jnp.linspace(sizes.v_min, sizes.v_max, sizes.num_atoms)  # Eq. 1
-    actor_network = Actor(sizes.actor_width, sizes.actor_depth, sizes.action_dim, 1)
-    critic_network = Critic(BroNet, sizes.critic_width, sizes.critic_depth, sizes.num_atoms, 1)
-    embedding_network = nn.Embed(num_tasks, sizes.embedding_size)
-    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
-    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
-    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
-
-    def init(seed: int) -> AgentState:
-        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + sizes.num_critics)
-        task_ids = jnp.zeros(1, jnp.int32)
-        conditioned_dim = sizes.observation_dim + sizes.embedding_size * use_embedding
-        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
-        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
-        critic_init = jax.jit(critic_network.init)
-        members = [critic_init(k, jnp.zeros((1, conditioned_dim + sizes.action_dim)), task_ids) for k in critic_keys]
-        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
-        if use_embedding:
-            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
-        log_temperature = jnp.log(jnp.float32(args.initial_temperature or sizes.initial_temperature))
-        return AgentState(
-            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
-            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks),
-            RunningStatistics(jnp.zeros(()), jnp.zeros(sizes.observation_dim), jnp.ones(sizes.observation_dim)), key,
-        )  # fmt: skip
-
-    def embed(critic, task_ids):
-        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
-        return normalize_embedding(embedding_network.apply(critic["embedding"], task_ids), sizes.embedding_norm)
-
-    def policy(actor, critic, observations, task_ids):
-        """Arguments of sample_action; the embedding is the critic's and gets no gradient from here (C.4)."""
-        if use_embedding:
-            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
-        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
-
-    def critic_outputs(critic, observations, actions, task_ids):
-        """Logits of every critic, [num_critics, batch, num_atoms]."""
-        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
-        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
-        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
-
-    def q_values(outputs):
-        """Expected return, mean over critics (C.1): [num_critics, batch, num_atoms] to [batch]."""
-        return (nn.softmax(outputs) * atoms).sum(-1).mean(0)
-
-    def reward_scale(state, max_return):
-        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
-        entropy = jnp.abs(state.entropy) if sizes.entropy_correction == "empirical" else own_dims / 4
-        entropy_bound = jnp.exp(state.log_temperature) * entropy / (1 - args.discount)
-        return sizes.v_max / jnp.maximum(max_return + entropy_bound, MIN_SCALE)
-
-    def critic_target(state, batch, max_return, key):
-        """Target distribution [batch, num_atoms] (C.2) and normalized rewards [batch]."""
-        next_observations, task_ids = batch.next_observations, batch.task_ids
-        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
-        discounts = args.discount * (1 - batch.terminated)
-        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
-        next_actions, next_log_probs = sample_action(key, *next_policy)
-        outputs = critic_outputs(state.target_critic, next_observations, next_actions, task_ids)
-        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
-        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
-        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, sizes.v_min, sizes.v_max), rewards
-
-    def critic_loss(critic, batch, target):
-        """Cross-entropy with the target distribution; mean over the batch, sum over critics."""
-        outputs = critic_outputs(critic, batch.observations, batch.actions, batch.task_ids)
-        return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
-
-    def actor_loss(actor, state, batch, key):
-        """Soft policy improvement, alpha log pi - Q, and the log-densities [batch]."""
-        actions, log_probs = sample_action(key, *policy(actor, state.critic, batch.observations, batch.task_ids))
-        q = q_values(critic_outputs(state.critic, batch.observations, actions, batch.task_ids))
-        return (jnp.exp(state.log_temperature) * log_probs - q).mean(), log_probs
-
-    def update_once(state: AgentState, batch: Batch, max_return: jax.Array):
-        """Critic, target critic, actor, temperature, in this order."""
-        key, critic_key, actor_key = jax.random.split(state.key, 3)
-        target, rewards = critic_target(state, batch, max_return, critic_key)
-        critic_value, gradient = jax.value_and_grad(critic_loss)(state.critic, batch, target)
-        critic_norm = optax.tree.norm(gradient)
-        step, optimizer = critic_optimizer.update(gradient, state.critic_optimizer, state.critic)
-        critic = optax.apply_updates(state.critic, step)
-        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
-        state = state._replace(key=key, critic=critic, critic_optimizer=optimizer, target_critic=target_critic)
-
-        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
-        (actor_value, log_probs), gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
-        actor_norm = optax.tree.norm(gradient)
-        step, optimizer = actor_optimizer.update(gradient, state.actor_optimizer, state.actor)
-        state = state._replace(actor=optax.apply_updates(state.actor, step), actor_optimizer=optimizer)
-
-        entropy = -log_probs.mean()
-        rows = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
-        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(rows, 1)
-        task_entropy = jnp.where(rows > 0, state.entropy + ENTROPY_RATE * (task_entropy - state.entropy), state.entropy)
-
-        surplus = entropy - target_entropy[batch.task_ids].mean()
-        temperature_loss = lambda log_temperature: jnp.exp(log_temperature) * surplus  # noqa: E731
-        temperature_value, gradient = jax.value_and_grad(temperature_loss)(state.log_temperature)
-        step, optimizer = temperature_optimizer.update(gradient, state.temperature_optimizer)
-        state = state._replace(
-            log_temperature=state.log_temperature + step, temperature_optimizer=optimizer, entropy=task_entropy
-        )
-        q = (target * atoms).sum(-1)
-        metrics = {
-            "losses/critic": critic_value, "losses/actor": actor_value, "losses/temperature": temperature_value,
-            "gradient_norms/critic": critic_norm, "gradient_norms/actor": actor_norm, "policy/entropy": entropy,
-            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
-            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
-            "rewards/normalized_max_abs": jnp.abs(rewards).max(),
-        }  # fmt: skip
-        return state, metrics
-
-    def update(state: AgentState, batches: Batch, max_return: jax.Array):
-        """The utd updates of one step, one compiled call. batches: [utd, batch_size, ...]; max_return: G_i."""
-        for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
-            state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
-        return state, metrics
-
-    def td_error(critic, target_critic, state, batch, max_return, key):
-        """TD(e) of the top of the file, e being the embedding in critic and target_critic."""
-        target, _ = critic_target(state._replace(critic=critic, target_critic=target_critic), batch, max_return, key)
-        target = jax.lax.stop_gradient(target)
-        entropy = -jax.scipy.special.xlogy(target, target).sum(-1).mean()
-        return critic_loss(critic, batch, target) - sizes.num_critics * entropy
-
-    def td_cross_entropy(state: AgentState, batch: Batch, max_return: jax.Array):
-        """TD(e), a scalar. batch: [batch_size, ...] of the new task; max_return: [1], G of e's pretraining task."""
-        return td_error(state.critic, state.target_critic, state, batch, max_return, jax.random.PRNGKey(0))
-
-    def tune_embedding(state: AgentState, optimizer_state, batch: Batch, max_return: jax.Array, key):
-        """One gradient step on the embedding, which nothing else follows. Returns state, optimizer_state and the TD(e)
-        before it."""
-
-        def loss(embedding):
-            critic = {**state.critic, "embedding": embedding}
-            return td_error(critic, state.target_critic, state, batch, max_return, key)
-
-        value, gradient = jax.value_and_grad(loss)(state.critic["embedding"])
-        step, optimizer_state = optax.adam(args.embedding_lr).update(gradient, optimizer_state)
-        embedding = optax.apply_updates(state.critic["embedding"], step)
-        return with_embedding(state, embedding), optimizer_state, value
-
-    def act(actor, critic, key, step, observations, task_ids):
-        """Sampled actions [batch, |A|]."""
-        return sample_action(jax.random.fold_in(key, step), *policy(actor, critic, observations, task_ids))[0]
-
-    def act_deterministic(actor, critic, observations, task_ids):
-        mean, _, mask = policy(actor, critic, observations, task_ids)
-        return jnp.tanh(mean) * mask
-
-    def value(state: AgentState, observations, max_return):
-        """Critic's value [1] of a new task's observation [1, |S|] at the policy's mean action, in units of reward: Eq. 3
-        undone by G_i / V_max, so that it never exceeds G_i."""
-        task_ids = jnp.zeros(1, jnp.int32)
-        actions = act_deterministic(state.actor, state.critic, observations, task_ids)
-        q = q_values(critic_outputs(state.critic, observations, actions, task_ids))
-        return jnp.clip(q / sizes.v_max, -1, 1) * max_return[:1]
-
-    def parameter_norm(state: AgentState):
-        """Norm of all network parameters, finite if they all are."""
-        return optax.tree.norm((state.actor, state.critic, state.target_critic))
-
-    return Agent(init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0),
-                 jax.jit(td_cross_entropy), jax.jit(tune_embedding), jax.jit(parameter_norm))  # fmt: skip
-
-
-# Copied from brc_sac_continuous.py
-def parameter_count(tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-# ------------------------------------------------------------------------------------------ the pretrained agent
-
-
-class Pretrained(NamedTuple):
-    """A multi-task run of brc_sac_continuous.py."""
-
-    run_dir: Path
-    step: int  # of the checkpoint
-    sizes: SimpleNamespace  # the run's arguments and env_info: task_names, observation_dim, action_dim, action_dims
-    state: AgentState
-    embeddings: np.ndarray  # [num_tasks, embedding_size], of unit norm
-    max_return: np.ndarray  # [num_tasks], G_i
-    replay: Replay
-
-    @property
-    def observation_dim(self) -> int:
-        return self.sizes.observation_dim
-
-    @property
-    def action_dim(self) -> int:
-        return self.sizes.action_dim
-
-
-def normalize_embedding(embedding, norm: str):
-    """Embeddings [..., embedding_size] of unit norm (C.4)."""
-    return embedding / jnp.linalg.norm(embedding, ord=1 if norm == "l1" else 2, axis=-1, keepdims=True)
-
-
-def load_pretrained(args: Args) -> Pretrained:
-    """Reads --pretrained: arguments, newest undamaged checkpoint and, for --protocol data, its replay.
-
-    Raises UserError unless it is a whole multi-task run of brc_sac_continuous.py with the paper's critic.
-    """
-    run_dir, needed = Path(args.pretrained), {
-        "critic_arch": "bronet", "critic_loss": "ce", "task_conditioning": "embedding", "normalize_returns": True,
-    }  # fmt: skip
-    try:
-        saved = json.loads((run_dir / "args.json").read_text())
-        script, info = saved["script"], saved["env_info"]
-        sizes = SimpleNamespace(**{**saved, **info})
-        args.discount = sizes.discount if args.discount is None else args.discount
-        num_tasks, unfit = len(sizes.task_names), [k for k, v in needed.items() if saved[k] != v]
-        capacity = min(sizes.buffer_size, max(sizes.total_timesteps, 1) + 1000) if args.protocol == "data" else 9
-        replay = Replay(num_tasks, capacity, sizes.observation_dim, sizes.action_dim)
-        # a template of the checkpoint: as many embeddings as there are tasks, whichever sizes they have
-        blank = make_agent(args, sizes, num_tasks, True, sizes.action_dims[0]).init(0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--pretrained {run_dir}: no run of brc_sac_continuous.py there ({error})") from error
-    if script != "brc_sac_continuous":
-        raise UserError(f"--pretrained {run_dir}: that run was made by {script}, not by brc_sac_continuous")
-    if num_tasks < 2:
-        raise UserError(f"--pretrained {run_dir}: that run has one task, {sizes.task_names[0]}; transfer needs several")
-    if unfit:
-        has = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in unfit)
-        raise UserError(f"--pretrained {run_dir}: that run has {has}; transfer needs the paper's critic and embeddings")
-    if not checkpoint_steps(run_dir):
-        raise UserError(f"--pretrained {run_dir}: that run has no checkpoint yet")
-    try:
-        state, counters = load_checkpoint(run_dir, blank, replay)
-    except UserError as error:
-        raise UserError(f"--pretrained {run_dir}: none of its checkpoints is whole") from error
-    embeddings = normalize_embedding(state.critic["embedding"]["params"]["embedding"], sizes.embedding_norm)
-    max_return = np.array(counters["max_return"], np.float32)
-    return Pretrained(run_dir, counters["step"], sizes, state, np.asarray(embeddings), max_return, replay)
-
-
-def embedding_table(embedding: np.ndarray) -> dict:
-    """Parameters of nn.Embed with one row."""
-    return {"params": {"embedding": jnp.asarray(embedding)[None]}}
-
-
-def with_embedding(state: AgentState, table: dict, entropy: jax.Array | None = None) -> AgentState:
-    """`state` for one task with this embedding; entropy: |H| of its pretraining task, [1]."""
-    return state._replace(
-        critic={**state.critic, "embedding": table}, target_critic={**state.target_critic, "embedding": table},
-        entropy=state.entropy if entropy is None else entropy,
-    )  # fmt: skip
-
-
-def candidates(pretrained: Pretrained) -> list[tuple[AgentState, np.ndarray]]:
-    """The frozen agent with each pretrained embedding, and the G [1] that its rewards are divided by."""
-    return [
-        (with_embedding(pretrained.state, embedding_table(e), pretrained.state.entropy[i : i + 1]),
-         pretrained.max_return[i : i + 1])
-        for i, e in enumerate(pretrained.embeddings)
-    ]  # fmt: skip
-
-
-def start_from_pretrained(args: Args, pretrained: Pretrained, fresh: AgentState, embedding: np.ndarray) -> AgentState:
-    """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding and, with
-    --load-optimizer, the optimizers' moments; the new embedding's are the mean of the pretrained ones'."""
-    old, table = pretrained.state, embedding_table(embedding)
-    state = with_embedding(fresh._replace(actor=old.actor, critic=old.critic, target_critic=old.target_critic), table)
-    if args.initial_temperature is None:
-        state = state._replace(log_temperature=old.log_temperature)
-    if args.load_optimizer:
-        adam, *rest = old.critic_optimizer
-        mean = lambda moments: jax.tree.map(lambda rows: rows.mean(0, keepdims=True), moments["embedding"])  # noqa: E731
-        adam = adam._replace(mu={**adam.mu, "embedding": mean(adam.mu)}, nu={**adam.nu, "embedding": mean(adam.nu)})
-        state = state._replace(
-            actor_optimizer=old.actor_optimizer, critic_optimizer=(adam, *rest),
-            temperature_optimizer=old.temperature_optimizer,
-        )  # fmt: skip
-    return jax.tree.map(jnp.copy, state)  # update() donates its buffers, and `pretrained` keeps its own
-
-
-# ------------------------------------------------------------------------------------------ embedding adaptation
-
-MIN_SEGMENT = 25  # steps that an embedding acts at least, so that its return says something
-
-
-def all_transitions(replay: Replay) -> Batch:
-    """Every transition of the new task, [number, ...]."""
-    slots = np.flatnonzero(replay.valid[0])
-    return replay.gather(np.zeros(len(slots), np.int32), slots)
-
-
-def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs: ParallelEnvs, replay: Replay):
-    """Collects --adaptation-transitions of the new task in segments, each acted by another pretrained embedding.
-
-    Where the budget is too small for all embeddings, the next to act is the one with the lowest TD(e) on what there is.
-    Returns indices of the embeddings that acted, best first: by mean reward in its segment, then by TD(e).
-    """
-    states = candidates(pretrained)
-    segments = max(1, min(len(states), args.adaptation_transitions // MIN_SEGMENT))
-    steps = np.diff(np.linspace(0, args.adaptation_transitions, segments + 1).astype(int))
-    key, mean_rewards = jax.random.PRNGKey(args.seed), {}
-    for segment, length in enumerate(steps):
-        untried = [i for i in range(len(states)) if i not in mean_rewards]
-        if segment == 0:  # nothing is known yet: the embedding nearest to the mean of all
-            distance = np.linalg.norm(pretrained.embeddings - pretrained.embeddings.mean(0), axis=1)
-            index = int(distance.argmin())
-        elif len(untried) == len(steps) - segment:
-            index = untried[0]  # all will have their turn
-        else:
-            batch = all_transitions(replay)
-            index = min(untried, key=lambda i: float(agent.td_cross_entropy(states[i][0], batch, states[i][1])))
-        state, _ = states[index]
-        observations, done, rewards_seen = envs.reset(), np.zeros(1, bool), []
-        replay.start(observations)
-        while len(rewards_seen) < length:
-            step = sum(steps[:segment]) + len(rewards_seen)
-            actions = np.asarray(agent.act(state.actor, state.critic, key, step, observations, np.zeros(1, np.int32)))
-            envs.send(actions)
-            observations, rewards, terminated, truncated, _ = envs.recv()
-            valid, done = ~done, ~done & (terminated | truncated)
-            replay.insert(actions, rewards, terminated, valid, observations)
-            if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
-                raise UserError(f"not finite: an observation or reward of {envs.tasks[0]}")
-            rewards_seen += [float(rewards[0])] * int(valid[0])
-        mean_rewards[index] = float(np.mean(rewards_seen))
-    batch = all_transitions(replay)
-    td = {i: float(agent.td_cross_entropy(states[i][0], batch, states[i][1])) for i in mean_rewards}
-    return sorted(mean_rewards, key=lambda i: (-mean_rewards[i], td[i]))
-
-
-def tuned_embedding(args: Args, agent: Agent, state: AgentState, max_return: np.ndarray, batch: Batch):
-    """The embedding with the lowest TD(e) on the way of gradient descent from that of `state`; everything else in
-    `state` stays as it is. Returns the state with it, and TD(e) before and after."""
-    optimizer_state = optax.adam(args.embedding_lr).init(state.critic["embedding"])
-    key, history = jax.random.PRNGKey(0), []
-    for _ in range(args.embedding_updates + 1):
-        tried = state
-        state, optimizer_state, td = agent.tune_embedding(state, optimizer_state, batch, max_return, key)
-        history.append(float(td))
-        if history[-1] == min(history):
-            best = tried
-    return best, history[0], min(history)
-
-
-EMBEDDING_COLUMNS = ("target", "method", "embedding", "transitions", "episodes", "return", "success", "score")
-
-
-def adapt_embeddings(args: Args, pretrained: Pretrained, targets: list[str], run_dir: Path, stop: list) -> bool:
-    """--protocol embedding: for every new task, the four embeddings of the top of the file, evaluated.
-
-    Writes embedding.csv (all four), eval.csv (the tuned one), embeddings/<task>.npy (the tuned one, [embedding_size])
-    and, with --heatmap, heatmap.csv and heatmap.png. A task's rows are written when it is finished, so a resumed run
-    goes on with the next. Returns False if `stop` filled meanwhile.
-    """
-    names, tables = pretrained.sizes.task_names, {"embedding.csv": [], "heatmap.csv": [], "eval.csv": []}
-    columns = {"embedding.csv": EMBEDDING_COLUMNS, "heatmap.csv": EMBEDDING_COLUMNS, "eval.csv": EVAL_COLUMNS}
-    for name, rows in tables.items():
-        if (run_dir / name).exists():
-            with (run_dir / name).open(newline="") as file:
-                rows += csv.DictReader(file)
-    finished = {row["target"] for row in tables["embedding.csv"]}
-    tables["heatmap.csv"] = [row for row in tables["heatmap.csv"] if row["target"] in finished]
-    tables["eval.csv"] = [row for row in tables["eval.csv"] if row["task"] in finished]
-    started, logger = time.time(), SummaryWriter(str(run_dir))
-    for number, target in enumerate(targets):
-        if target in finished:
-            continue
-        seeds = np.random.SeedSequence([args.seed, number]).generate_state(3)
-        envs = target_envs(target, pretrained, 1, int(seeds[0]), args.env_backend)
-        copies = eval_copies(1, args.eval_episodes)
-        eval_envs = target_envs(target, pretrained, copies, int(seeds[1]), args.env_backend)
-        agent = make_agent(args, pretrained.sizes, 1, True, envs.action_dims[0])
-        replay = Replay(1, 2 * args.adaptation_transitions + 100, pretrained.observation_dim, pretrained.action_dim)
-        states = candidates(pretrained)
-        order = explore_embeddings(args, agent, pretrained, envs, replay)
-        batch = all_transitions(replay)
-        envs.close()
-        state, max_return = states[order[0]]
-        tuned, before, after = tuned_embedding(args, agent, state, max_return, batch)
-        used = len(batch.rewards)
-        print(f"{target}: {used} transitions; selected {names[order[0]]}, TD {before:.4f}; tuned to TD {after:.4f}")
-        logger.add_scalar(f"td_cross_entropy/selected/{target}", before, used)
-        logger.add_scalar(f"td_cross_entropy/tuned/{target}", after, used)
-        random = int(np.random.default_rng(int(seeds[2])).integers(len(names)))
-        mean = with_embedding(pretrained.state, embedding_table(pretrained.embeddings.mean(0)))
-        tried = {("selected", names[order[0]]): state, ("tuned", names[order[0]]): tuned,
-                 ("random", names[random]): states[random][0], ("mean", "all"): mean}  # fmt: skip
-        if args.heatmap:
-            tried |= {("heatmap", name): state for name, (state, _) in zip(names, states, strict=True)}
-        for (method, source), state in tried.items():
-            results = evaluate(agent, state, eval_envs, args.eval_episodes, stop)
-            if results is None:
-                return False
-            row = evaluation_rows([target], results, used, args.embedding_updates, time.time() - started)[0]
-            table = "heatmap.csv" if method == "heatmap" else "embedding.csv"
-            about = {"target": target, "method": method, "embedding": source, "transitions": used}
-            tables[table].append({**about, **{k: row[k] for k in EMBEDDING_COLUMNS[4:]}})
-            if method == "tuned":
-                tables["eval.csv"].append(row)
-            logger.add_scalar(f"eval/{method}/{target}", row["return"], used)
-        eval_envs.close()
-        (run_dir / "embeddings").mkdir(exist_ok=True)
-        table = tuned.critic["embedding"]["params"]["embedding"]
-        embedding = normalize_embedding(table[0], pretrained.sizes.embedding_norm)
-        np.save(run_dir / "embeddings" / f"{file_name(target)}.npy", np.asarray(embedding))
-        for name in ("heatmap.csv", "eval.csv", "embedding.csv"):  # the last says that the task is finished
-            if tables[name]:
-                text = io.StringIO(newline="")
-                writer = csv.DictWriter(text, columns[name])
-                writer.writeheader()
-                writer.writerows(tables[name])
-                replace_file(run_dir / name, text.getvalue())
-        if args.capture_video:
-            path = run_dir / "videos" / f"{file_name(target)}.mp4"
-            try:
-                record_video(agent, tuned, target, 0, pretrained.observation_dim, path, stop)
-            except Exception as error:  # a graphics library or a package for drawing may be missing
-                print(f"warning: no video of {target}: {error}", file=sys.stderr)
-    logger.close()
-    if args.heatmap:
-        draw_heatmap(tables["heatmap.csv"], names, targets, run_dir / "heatmap.png")
-    width = max(map(len, targets))
-    print(f"{'target':<{width}} {'method':<9} {'return':>10} {'success':>8} {'score':>7}  embedding")
-    for row in tables["embedding.csv"]:
-        values = f"{float(row['return']):>10.1f} {row['success']:>8} {row['score']:>7}"
-        print(f"{row['target']:<{width}} {row['method']:<9} {values}  {row['embedding']}")
-    return True
-
-
-def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path: Path) -> None:
-    """Figure 24: score (return where a task has none) of every pretrained embedding on every new task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    values = {(row["embedding"], row["target"]): float(row["score"] if row["score"] != "" else row["return"])
-              for row in rows}  # fmt: skip
-    matrix = np.array([[values[source, target] for target in targets] for source in sources])
-    figure, axes = plt.subplots(figsize=(2.5 + 0.7 * len(targets), 1.5 + 0.35 * len(sources)), layout="constrained")
-    image = axes.imshow(matrix, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
-    axes.set_yticks(range(len(sources)), sources)
-    axes.set_xlabel("new task")
-    axes.set_ylabel("pretrained embedding")
-    if matrix.size <= 400:
-        middle = (matrix.min() + matrix.max()) / 2
-        for (i, j), value in np.ndenumerate(matrix):
-            axes.text(j, i, f"{value:.2g}", ha="center", va="center", color="white" if value < middle else "black")
-    figure.colorbar(image, label="score")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------- evaluation
-
 EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
 MAX_EPISODE_STEPS = 30_000  # a gym/ task registered without max_episode_steps may never end
 
 
-# Copied from brc_sac_continuous.py
 def eval_copies(num_tasks: int, episodes: int) -> int:
     """Copies of each task that evaluation steps at once: a divisor of `episodes`, so that none is played in vain."""
     return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
 
 
-# Copied from brc_sac_continuous.py
-def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list):
-    """Returns and successes of deterministic episodes, a list of [episodes] per task; None if `stop` fills meanwhile.
+def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> list[dict] | None:
+    """Means over whole episodes, a row of eval.csv per task, empty where a column has no meaning; None if `stop` fills
+    meanwhile.
 
-    Every copy of a task plays the same number of whole episodes, so that short episodes are not counted more often.
+    act: observations [size, |S|] and task_ids [size] to actions [size, |A|]. Every copy of a task plays the same number
+    of episodes, so that short ones are not counted more often.
     """
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
-    episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    length, done, observations = np.zeros(envs.size, int), np.zeros(envs.size, bool), envs.reset()
+    observations = envs.reset()
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop:
             return None
-        actions = np.asarray(agent.act_deterministic(state.actor, state.critic, observations, envs.task_ids))
-        envs.send(actions, resting=finished)
-        observations, rewards, terminated, truncated, success = envs.recv()
-        episode_return += np.where(done, 0, rewards)  # the step after done was a reset
-        episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
-        length = np.where(done | finished, 0, length + 1)
-        if length.max() > MAX_EPISODE_STEPS:
-            task = envs.tasks[envs.task_ids[length.argmax()]]
-            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
-        done = ~done & (terminated | truncated)
-        for row in np.flatnonzero(done):
-            if len(returns[row]) < quota[row]:
-                returns[row].append(episode_return[row])
-                successes[row].append(episode_success[row])
-        episode_return[done] = 0
-    return tuple([np.concatenate(values[rows]) for rows, _ in envs.rows] for values in (returns, successes))
+        envs.send(np.asarray(act(observations, envs.task_ids)), resting=finished)
+        step = envs.recv()
+        observations = step.observations
+        for row in np.flatnonzero(step.done & ~finished):
+            returns[row].append(envs.episode_return[row])
+            successes[row].append(envs.episode_success[row])
+    table = []
+    for task, (rows, _) in zip(envs.tasks, envs.rows, strict=True):
+        mean_return, success = np.mean(returns[rows]), np.mean(successes[rows])
+        score = normalized_score(task, mean_return, success)  # linear in both
+        table.append({
+            "task": task, "episodes": np.size(returns[rows]), "return": round(float(mean_return), 4),
+            "success": "" if np.isnan(success) else round(float(success), 5),
+            "score": "" if np.isnan(score) else round(float(score), 5),
+        })  # fmt: skip
+    return table
 
 
-# Copied from brc_sac_continuous.py
 def frame_renderer(env: gym.Env):
     """A function that returns an RGB frame [height, width, 3]; HumanoidBench's own fails on current Gymnasium."""
     if not hasattr(env.unwrapped, "robot"):
@@ -1473,11 +1741,26 @@ def frame_renderer(env: gym.Env):
     return render
 
 
-# Copied from brc_sac_continuous.py
-def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path, stop):
-    """One deterministic episode as mp4, every second frame; none if `stop` fills meanwhile."""
-    import imageio
+def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
+    """One deterministic episode of every task as RUN_DIR/videos/<task>-<step>.mp4, every second frame. act: as in
+    evaluate. What cannot be drawn is a warning."""
+    for task_id, task in enumerate(envs.tasks):
+        try:
+            frames = episode_frames(act, task, task_id, envs.observation_dim, run.stop)
+            if run.stop:
+                return
+            import imageio
 
+            path = run.directory / "videos" / f"{file_name(task)}-{run.step}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs
+                imageio.mimsave(path, frames, fps=30)
+        except Exception as error:  # a graphics library or a package for drawing may be missing
+            tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
+
+
+def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int, stop: list) -> list[np.ndarray]:
     env = make_env(task, render_mode="rgb_array")
     render, frames = frame_renderer(env), []
     observation, done = env.reset()[0], False
@@ -1488,50 +1771,32 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
             break
         padded = np.zeros((1, observation_dim), np.float32)
         padded[0, : len(observation)] = observation
-        action = np.asarray(agent.act_deterministic(state.actor, state.critic, padded, np.array([task_id])))[0]
+        action = np.asarray(act(padded, np.array([task_id])))[0]
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()
-    if stop:
-        return
-    path.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
-        imageio.mimsave(path, frames, fps=30)
+    return frames
 
 
-# --------------------------------------------------------------------------------------- logging and checkpoints
+# ======================================================================================================================
+# Part 3 of 3, the run: arguments, run directory, curves, progress, signals, checkpoints, resume, errors. The same in
+# all four scripts; part 1 says in SCRIPT, PACKAGES, RESUMABLE, RELEASED_CODE and AGGREGATES what differs.
+# ======================================================================================================================
 
-SCRIPT = "brc_embedding_transfer"
-PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
-RESUMABLE = {  # arguments that a resumed run may change
-    "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
-    "wandb_project", "env_backend", "resume", "pretrained",
-}  # fmt: skip
-LOG_EVERY = 500  # vector steps between TensorBoard points and checks for non-finite losses
+LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
 
 
-# Copied from brc_sac_continuous.py
-def file_name(task: str) -> str:
-    return task.replace("/", "-").replace(":", "-")
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
 
 
-# Copied from brc_sac_continuous.py
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that a crash or a full disk leaves the old one."""
-    partial_path = path.with_name(f".partial-{path.name}")
-    partial_path.write_text(text, newline="")
-    partial_path.replace(path)
-
-
-# Copied from brc_sac_continuous.py
 def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
-    args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
+    args = tyro.cli(Args, args=argv)
     if not args.resume:
         released = getattr(args, "variant", "paper") == "released-code"
-        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
+        return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -1547,14 +1812,232 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if changed:
         names = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise UserError(f"a resumed run cannot change {names}; start a new run instead")
+    return check_ranges(args)
+
+
+def check_ranges(args: Args) -> Args:
+    """Raises UserError for a number, also in a tuple, outside the interval that stands beside its field in Args."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        for interval in getattr(hint, "__metadata__", ()) if value is not None else ():
+            low, high = map(float, interval[1:-1].split(","))
+            for number in (value or (math.nan,)) if isinstance(value, tuple) else (value,):  # no tuple may be empty
+                inside = low <= number <= high and not (number == low and interval[0] == "(")
+                if not inside or (number == high and interval[-1] == ")"):
+                    raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
     return args
 
 
-# Copied from brc_sac_continuous.py
-def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
-    """What args.json holds besides the arguments."""
+def file_name(task: str) -> str:
+    return task.replace("/", "-").replace(":", "-")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that a crash or a full disk leaves the old one."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    partial_path.write_text(text, newline="")
+    partial_path.replace(path)
+
+
+class Run:
+    """A run directory, owned by one process: curves, progress, signals, checkpoints, resume. Use it in a `with`.
+
+    step, updates: vector steps (offline: batches) and gradient steps done so far. stop: filled by the first Ctrl-C or
+    SIGTERM, upon which the run writes a checkpoint and ends; a second signal ends the process at once.
+    """
+
+    def __init__(self, args: Args, name: str, total: int, unit: str = "step", experiment: str = ""):
+        if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
+            os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        self.args, self.total, self.unit, self.stop = args, total, unit, []
+        self.step, self.updates, self.last_evaluation, self.rows = 0, 0, -1, []
+        self.seconds, self.tensorboard, self.bar, self.wandb = 0.0, None, None, None
+        name = args.run_name or f"{file_name(name)}__{experiment or args.exp_name}__{args.seed}__{int(time.time())}"
+        self.directory = Path(args.resume) if args.resume else Path(args.run_root) / name
+        if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
+            go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
+            raise UserError(f"{self.directory} holds a run: {go_on}")
+        self.created = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
+        except BlockingIOError as error:
+            os.close(self.lock)
+            raise UserError(f"{self.directory} is in use by another process") from error
+        except OSError:  # a file system without locks
+            pass
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for part in (self.bar, self.tensorboard):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.lock is not None:
+            os.close(self.lock)
+        with contextlib.suppress(OSError):
+            for path in self.created:
+                path.rmdir()  # where nothing was written
+        if isinstance(error, FloatingPointError):
+            good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
+            last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+            raise UserError(f"not finite at step {self.step:,}: {error}; {last}") from error
+
+    def seeds(self) -> list[int]:
+        """Two seeds, of training and evaluation environments; a resumed run does not repeat its beginning."""
+        resumed_at = (checkpoint_steps(self.directory) or [0])[0]
+        return np.random.SeedSequence([self.args.seed, resumed_at]).generate_state(2).tolist()
+
+    def restore(self, state, replay=None) -> tuple[Any, dict | None]:
+        """With --resume the learner and counters of the newest undamaged checkpoint, and fills `replay`; else the given
+        state and None."""
+        if not self.args.resume:
+            return state, None
+        state, counters = load_checkpoint(self.directory, state, replay)
+        self.step, self.updates, self.seconds = counters["step"], counters["updates"], counters["wall_time"]
+        self.last_evaluation = counters["last_evaluation"]
+        if self.step > self.total or self.last_evaluation >= self.total:  # else its last evaluation is missing
+            longer = "--total-updates" if self.unit == "update" else "--total-timesteps"
+            raise UserError(f"{self.directory} is finished (step {self.step:,}); to go on, give a larger {longer}")
+        print(f"resumed {self.directory} at step {self.step:,}")
+        return state, counters
+
+    def start(self, **information) -> None:
+        """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
+        What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        information = {**asdict(self.args), **run_information(), **information}
+        replace_file(self.directory / "args.json", json.dumps(information, indent=2))
+        print(f"device: {information['device']}; run directory: {self.directory}")
+        if self.total == 0:
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda s, frame: (self.stop.append(s), signal.signal(s, signal.SIG_DFL)))
+        curve, rows = self.directory / "eval.csv", []
+        if curve.exists():
+            rows = [row for row in csv.DictReader(curve.open()) if None not in row.values()]  # whole ones
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, EVAL_COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= self.last_evaluation)
+        replace_file(curve, text.getvalue())
+        if self.args.track:
+            about = {"project": self.args.wandb_project, "name": self.directory.name, "id": self.directory.name}
+            try:
+                import wandb
+
+                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=information, **about)
+            except Exception as error:  # not installed, not logged in, no network
+                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
+                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1 if self.step else None)
+        quiet = 0.5 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=self.total, initial=self.step, unit=self.unit, mininterval=quiet)
+        self.started, self.logged = time.time() - self.seconds, (time.time(), self.step)
+        self.saved = self.step, self.last_evaluation
+
+    def evaluation_due(self) -> bool:
+        due = self.step % self.args.eval_every == 0 or self.step == self.total or self.last_evaluation < 0
+        return due and self.last_evaluation < self.step and not self.stop
+
+    def checkpoint_due(self) -> bool:
+        due = self.step % self.args.checkpoint_every == 0 or self.step == self.total or bool(self.stop)
+        return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
+
+    def over(self) -> bool:
+        return self.step == self.total or bool(self.stop)
+
+    def log_due(self) -> bool:
+        return self.step % LOG_EVERY == 0
+
+    def advance(self, updates: int) -> None:
+        """Counts a step with so many updates."""
+        self.step, self.updates = self.step + 1, self.updates + updates
+        self.bar.update()
+
+    def log(self, values: dict) -> None:
+        """Scalars and the speed since the last call. Raises FloatingPointError for a value that is not finite."""
+        check_finite(values)
+        now, (before, step) = time.time(), self.logged
+        speed = {f"speed/{self.unit}s_per_second": (self.step - step) / (now - before), "updates": self.updates}
+        self.scalars({**values, **speed})
+        self.logged = now, self.step
+
+    def scalars(self, values: dict) -> None:
+        """Points of this step in TensorBoard and W&B."""
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, float(value), self.step)
+        if self.wandb:
+            self.wandb.log({**values, "step": self.step})
+
+    def log_evaluation(self, rows: list[dict] | None) -> bool:
+        """Writes one row per task to eval.csv and shows the means; False if a signal cut the evaluation (rows None)."""
+        if rows is None:
+            return False
+        self.last_evaluation = self.step
+        counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.time() - self.started, 2)}
+        self.rows, values = [{**counts, **row} for row in rows], {}
+        with (self.directory / "eval.csv").open("a", newline="") as file:
+            csv.DictWriter(file, EVAL_COLUMNS).writerows(self.rows)
+        for column in ("return", "success", "score"):
+            if found := {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}:
+                totals = {name: float(mean(list(found.values()))) for name, mean in AGGREGATES.items()}
+                values |= {**found, **{f"eval/{name}_{column}": total for name, total in totals.items()}}
+                self.bar.set_postfix({column: f"{totals['mean']:.3f}"}, refresh=False)
+        self.scalars(values)
+        return True
+
+    def save(self, state, replay=None, **counters) -> None:
+        """Writes a checkpoint. Raises FloatingPointError, before anything is written, if a parameter is not finite."""
+        for leaf in jax.tree.leaves(state):
+            if leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
+                raise FloatingPointError("parameters")
+        counters |= {
+            "step": self.step, "updates": self.updates, "last_evaluation": self.last_evaluation,
+            "wall_time": time.time() - self.started,
+        }  # fmt: skip
+        try:
+            save_checkpoint(self.directory, self.step, state, replay, counters, self.args.keep_checkpoints)
+        except Exception as error:  # Orbax reports a full disk in exceptions of its own
+            if "No space left" not in str(error):
+                raise
+            shutil.rmtree(self.directory / "checkpoints" / f".partial-{self.step}", ignore_errors=True)
+            raise UserError(
+                f"disk full while writing the checkpoint of step {self.step:,}; earlier ones are whole: free space, "
+                f"then continue with --resume {self.directory}"
+            ) from error
+        self.saved = self.step, self.last_evaluation
+
+    def finish(self) -> None:
+        """Says how the run ended: the last evaluation, or how to go on."""
+        self.bar.close()
+        if self.stop and self.last_evaluation < self.total:
+            resume = f"; continue with --resume {self.directory}" if checkpoint_steps(self.directory) else ""
+            print(f"stopped at step {self.step:,}{resume}")
+            return
+        width = max([len(row["task"]) for row in self.rows], default=4)
+        print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
+        for row in self.rows:
+            print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
+        if scores := [row["score"] for row in self.rows if row["score"] != ""]:
+            for name, mean in AGGREGATES.items():
+                print(f"{name:<{width}} {'':>10} {'':>8} {mean(scores):>7.3f}")
+
+
+def check_finite(values: dict) -> None:
+    """Raises FloatingPointError that names the values that are not finite."""
+    if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+        raise FloatingPointError(", ".join(bad))
+
+
+def run_information() -> dict:
+    """Versions, device and commit, for args.json."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
@@ -1564,58 +2047,13 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
             versions[package] = version(package)
         except ImportError:
             versions[package] = None
-    env_info = {
-        "num_tasks": len(tasks), "task_names": tasks, "observation_dim": envs.observation_dim,
-        "action_dim": envs.action_dim, "observation_dims": envs.observation_dims, "action_dims": envs.action_dims,
-    }  # fmt: skip
-    device = jax.devices()[0].device_kind
-    return {"script": SCRIPT, "env_info": env_info, "versions": versions, "device": device, "git_commit": commit}
+    return {"script": SCRIPT, "versions": versions, "device": jax.devices()[0].device_kind, "git_commit": commit}
 
 
-# Copied from brc_sac_continuous.py
-class Logger:
-    """eval.csv, TensorBoard and, with --track, Weights & Biases. What came after a resume's checkpoint is dropped."""
-
-    def __init__(self, args: Args, run_dir: Path, step: int, last_evaluation: int):
-        self.csv = run_dir / "eval.csv"
-        rows = []
-        if self.csv.exists():
-            whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
-            rows = [row for row in whole_rows if int(row["step"]) <= last_evaluation]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, EVAL_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_file(self.csv, text.getvalue())
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
-        self.wandb = None
-        if args.track:
-            about = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name, "config": asdict(args)}
-            try:
-                import wandb
-
-                self.wandb = wandb.init(resume="allow", dir=str(run_dir), **about)
-            except Exception as error:  # not installed, not logged in, no network
-                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
-                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, float(value), step)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})
-
-    def evaluation(self, rows: list[dict]) -> None:
-        with self.csv.open("a", newline="") as file:
-            csv.DictWriter(file, EVAL_COLUMNS).writerows(rows)
-
-    def close(self) -> None:
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+def parameter_count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# Copied from brc_sac_continuous.py
 def checksum(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
@@ -1624,9 +2062,13 @@ def checksum(path: Path) -> int:
     return crc
 
 
-# Copied from brc_sac_continuous.py
-def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay, counters: dict, keep: int) -> None:
-    """Writes checkpoints/<step>/: learner state (Orbax), replay, counters, and a checksum of every file.
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, newest first."""
+    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+
+
+def save_checkpoint(run_dir: Path, step: int, state, replay, counters: dict, keep: int) -> None:
+    """Writes checkpoints/<step>/: learner state (a NamedTuple, by Orbax), replay, counters, and every file's checksum.
 
     The directory is renamed into place when complete. Replay is written once: a checkpoint holds the slots since the
     previous one and hard links to the older pieces.
@@ -1640,36 +2082,15 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
-    first, files = 0, {}
-    if found := [s for s in checkpoint_steps(run_dir) if s < step]:
-        previous = root / str(found[0])
-        try:
-            known = read_counters(previous)["files"]
-        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
-            known = {}
-        for name in sorted(name for name in known if name.startswith("replay/")):
-            end = int(Path(name).stem.split("-")[1])
-            first = max(first, end)
-            if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
-                files[name] = known[name]  # its checksum when it was written: a new one would hide damage
-                try:
-                    os.link(previous / name, partial_path / name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(previous / name, partial_path / name)
-    first = max(first, replay.inserted - replay.slots + 1)
-    slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    with (partial_path / f"replay/{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
-        header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
-        for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
-            records = replay.records(task, slots)
-            if task == 0:
-                np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
-            piece.write(records)
+    files = {}
+    if replay is not None:
+        files = save_replay_piece(root, step, partial_path, replay)
+        counters["replay_inserted"] = replay.inserted
     for file in sorted(partial_path.rglob("*")):
         name = str(file.relative_to(partial_path))
         if file.is_file() and name not in files:
             files[name] = checksum(file)
-    contents = {**counters, "replay_inserted": replay.inserted, "files": files}
+    contents = {**counters, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
     shutil.rmtree(path, ignore_errors=True)
@@ -1678,13 +2099,37 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
         shutil.rmtree(root / str(old))
 
 
-# Copied from brc_sac_continuous.py
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, newest first."""
-    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict[str, int]:
+    """Links the previous checkpoint's pieces of replay into a new one and writes the slots since then as another.
+
+    Returns the checksums of the linked pieces: those of when they were written, as new ones would hide damage.
+    """
+    first, files = 0, {}
+    if found := [s for s in checkpoint_steps(root.parent) if s < step]:
+        previous = root / str(found[0])
+        try:
+            known = read_counters(previous)["files"]
+        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        for name in sorted(name for name in known if name.startswith("replay/")):
+            end = int(Path(name).stem.split("-")[1])
+            first = max(first, end)
+            if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
+                files[name] = known[name]
+                try:
+                    os.link(previous / name, partial_path / name)
+                except OSError:  # a file system without hard links
+                    shutil.copy2(previous / name, partial_path / name)
+    # with the slot at the head: it holds the last observation
+    numbers = np.arange(max(first, replay.inserted - replay.slots.shape[1] + 1), replay.inserted + 1)
+    with (partial_path / f"replay/{numbers[0]:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+        header = {"descr": replay.slots.dtype.descr, "fortran_order": False, "shape": (len(replay.slots), len(numbers))}
+        np.lib.format.write_array_header_1_0(piece, header)
+        for slots in replay.slots:  # one task at a time: a copy of the whole replay may not fit in memory
+            piece.write(slots[numbers % len(slots)])
+    return files
 
 
-# Copied from brc_sac_continuous.py
 def read_counters(path: Path) -> dict:
     """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
     counters = json.loads((path / "checkpoint.json").read_text())
@@ -1693,8 +2138,7 @@ def read_counters(path: Path) -> dict:
     return counters
 
 
-# Copied from brc_sac_continuous.py
-def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
+def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
@@ -1705,15 +2149,15 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
             with ocp.StandardCheckpointer() as checkpointer:
-                state = AgentState(**checkpointer.restore((path / "state").absolute(), state._asdict()))
-            for piece in sorted((path / "replay").iterdir()):
+                state = type(state)(**checkpointer.restore((path / "state").absolute(), state._asdict()))
+            for piece in sorted((path / "replay").iterdir()) if replay is not None else ():
+                ring, inserted = replay.slots.shape[1], counters["replay_inserted"]
                 first, last = map(int, piece.stem.split("-"))
-                keep = slice(max(first, counters["replay_inserted"] - replay.slots + 1) - first, None)
-                records = np.load(piece, mmap_mode="r", allow_pickle=False)[:, keep]
-                slots = np.arange(last + 1 - records.shape[1], last + 1) % replay.slots
-                for task in range(len(records)):
-                    replay.load_records(task, slots, records[task])
-            replay.inserted = counters["replay_inserted"]
+                saved = np.load(piece, mmap_mode="r", allow_pickle=False)[:, max(0, inserted - ring + 1 - first) :]
+                numbers = np.arange(last + 1 - saved.shape[1], last + 1) % ring
+                for slots, records in zip(replay.slots, saved, strict=True):
+                    slots[numbers] = records
+                replay.inserted = inserted
             for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
                 with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
                     damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
@@ -1724,225 +2168,6 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
     raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
 
 
-# ---------------------------------------------------------------------------------------------------------- main
-
-
-def main(args: Args) -> None:
-    """Transfers one pretrained agent to the tasks of `args`; everything it writes is in its run directory."""
-    check_args(args)
-    targets = resolve_tasks(args)
-    args.batch_size = args.batch_size or (1024 if args.protocol == "data" else 256)
-    if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
-    name = f"{args.suite or file_name(targets[0])}__{args.exp_name}-{args.protocol}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume) if args.resume else Path(args.run_root) / (args.run_name or name)
-    if not args.resume and ((run_dir / "checkpoints").exists() or (run_dir / "embedding.csv").exists()):
-        raise UserError(f"{run_dir} holds a run: continue it with --resume {run_dir}, or choose another --run-name")
-    pretrained, own_sizes = load_pretrained(args), []
-    for target in targets:  # so that one that cannot be made is refused before the first is learned
-        envs = target_envs(target, pretrained, 1, args.seed, args.env_backend)
-        own_sizes.append((envs.observation_dims[0], envs.action_dims[0]))
-        envs.close()
-    information = {**asdict(args), **run_information(targets, envs), "pretrained_step": pretrained.step,
-                   "pretrained_tasks": pretrained.sizes.task_names}  # fmt: skip
-    information["env_info"]["observation_dims"], information["env_info"]["action_dims"] = zip(*own_sizes, strict=True)
-    if args.resume:
-        before = json.loads((run_dir / "args.json").read_text()).get("pretrained_step")
-        if before != pretrained.step:
-            print(f"warning: {pretrained.run_dir} has gone on from step {before} to {pretrained.step}", file=sys.stderr)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    print(f"pretrained: {len(pretrained.embeddings)} tasks, step {pretrained.step:,} of {pretrained.run_dir}")
-    critic_size = parameter_count([pretrained.state.critic, pretrained.state.target_critic])
-    sizes = f"{critic_size:,} in critics and targets, {parameter_count(pretrained.state.actor):,} in the actor"
-    print(f"parameters: {sizes}; run directory: {run_dir}")
-    if not args.resume:
-        replace_file(run_dir / "args.json", json.dumps(information, indent=2))
-    if args.total_timesteps == 0 and not args.resume:
-        return
-    stop: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
-        signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    if args.protocol == "embedding":
-        if not adapt_embeddings(args, pretrained, targets, run_dir, stop):
-            print(f"stopped; continue with --resume {run_dir}")
-    else:
-        learn(args, pretrained, targets[0], run_dir, stop, information)
-
-
-def learn(args: Args, pretrained: Pretrained, target: str, run_dir: Path, stop: list, information: dict) -> None:
-    """--protocol model, data and scratch: one learner on one new task, as in brc_sac_continuous.py."""
-    resumed_at = (checkpoint_steps(run_dir) or [0])[0]
-    env_seed, eval_seed = np.random.SeedSequence([args.seed, resumed_at]).generate_state(2)
-    envs = target_envs(target, pretrained, 1, int(env_seed), args.env_backend)
-    observation_dim, action_dim = envs.observation_dim, envs.action_dim
-    prior = pretrained.replay if args.protocol == "data" else None
-    prior_max_return, prior_size = np.zeros(0, np.float32), 0
-    if prior:
-        prior_max_return, prior_size = pretrained.max_return, int(prior.valid.sum())
-    num_tasks, use_embedding = 1 + len(prior_max_return), args.protocol != "scratch"
-    agent = make_agent(args, pretrained.sizes, num_tasks, use_embedding, envs.action_dims[0])
-    state = agent.init(args.seed)
-    replay = Replay(1, min(args.buffer_size, args.total_timesteps + 1000), observation_dim, action_dim)
-    normalizer = ReturnNormalizer(1, args.discount)
-    rng = np.random.default_rng(args.seed)
-    step, updates, wall_time, last_evaluation = 0, 0, 0.0, -1
-    if args.resume:
-        state, counters = load_checkpoint(run_dir, state, replay)
-        step, updates = counters["step"], counters["updates"]
-        wall_time, last_evaluation = counters["wall_time"], counters["last_evaluation"]
-        normalizer.max_return = np.array(counters["max_return"], np.float32)
-        rng.bit_generator.state = counters["rng"]
-        if step > args.total_timesteps or last_evaluation >= args.total_timesteps:  # else its last one is missing
-            raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-timesteps")
-        replace_file(run_dir / "args.json", json.dumps(information, indent=2))
-        print(f"resumed {run_dir} at step {step:,}")
-    elif args.protocol == "model":
-        embedding = pretrained.embeddings.mean(0)
-        if args.embedding_init == "random":
-            embedding = pretrained.embeddings[rng.integers(len(pretrained.embeddings))]
-        elif args.embedding_init == "best":
-            best = explore_embeddings(args, agent, pretrained, envs, replay)[0]
-            embedding, step = pretrained.embeddings[best], args.adaptation_transitions
-            normalizer.max_return = np.maximum(normalizer.max_return, np.abs(all_transitions(replay).rewards).max())
-            print(f"best embedding after {step} transitions: {pretrained.sizes.task_names[best]}")
-        state = start_from_pretrained(args, pretrained, state, embedding)
-
-    logger = Logger(args, run_dir, step, last_evaluation)
-    eval_envs = target_envs(target, pretrained, eval_copies(1, args.eval_episodes), int(eval_seed), args.env_backend)
-    task_ids, act_key = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1)
-    started, saved, last_log = time.time() - wall_time, (step, last_evaluation), (time.time(), step)
-    episode_return, train_returns, rows, metrics = np.zeros(1), {}, [], None
-    done = np.zeros(1, bool)
-    observations = envs.reset()
-    replay.start(observations)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    with bar as progress:
-        while True:
-            evaluation_due = step % args.eval_every == 0 or step == args.total_timesteps or last_evaluation < 0
-            if evaluation_due and last_evaluation < step and not stop:
-                results = evaluate(agent, state, eval_envs, args.eval_episodes, stop)
-                if results is not None:
-                    last_evaluation, wall_time = step, time.time() - started
-                    rows = evaluation_rows([target], results, step, updates, wall_time)
-                    logger.evaluation(rows)
-                    values = {name: rows[0][name] for name in ("return", "success", "score") if rows[0][name] != ""}
-                    progress.set_postfix(values, refresh=False)
-                    logger.scalars({f"eval/{name}/{target}": value for name, value in values.items()}, step)
-                    if args.capture_video:
-                        path = run_dir / "videos" / f"{file_name(target)}-{step}.mp4"
-                        try:
-                            record_video(agent, state, target, 0, observation_dim, path, stop)
-                        except Exception as error:  # a graphics library or a package for drawing may be missing
-                            progress.write(f"warning: no video of {target}: {error}", file=sys.stderr)
-            due = step % args.checkpoint_every == 0 or step == args.total_timesteps or stop
-            if due and step > 0 and (step, last_evaluation) != saved:
-                check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
-                counters = {
-                    "step": step, "updates": updates, "wall_time": time.time() - started,
-                    "last_evaluation": last_evaluation, "max_return": normalizer.max_return.tolist(),
-                    "rng": rng.bit_generator.state,
-                }  # fmt: skip
-                try:
-                    save_checkpoint(run_dir, step, state, replay, counters, args.keep_checkpoints)
-                except Exception as error:  # Orbax reports a full disk in exceptions of its own
-                    if "No space left" not in str(error):
-                        raise
-                    shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
-                    raise UserError(
-                        f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
-                        f"then continue with --resume {run_dir}"
-                    ) from error
-                saved = step, last_evaluation
-            if step == args.total_timesteps or stop:
-                break
-
-            # 1. act: the pretrained policy from the start, a fresh one after some random steps
-            if step < args.learning_starts and args.protocol != "model":
-                actions = rng.uniform(-1, 1, (1, action_dim)).astype(np.float32) * envs.action_mask
-            else:
-                actions = np.asarray(agent.act(state.actor, state.critic, act_key, step, observations, task_ids))
-            envs.send(actions)
-            # 2. while the environment steps, the device updates
-            max_return = np.concatenate([normalizer.max_return, prior_max_return])
-            if step >= args.learning_starts:
-                fraction = args.prior_fraction
-                if fraction is None:
-                    fraction = prior_size / (prior_size + replay.size)
-                num_prior = round(args.batch_size * fraction) if prior else 0
-                batches = sample(rng, replay, prior, num_prior, args.utd, args.batch_size)
-                state, metrics = agent.update(state, batches, max_return)
-                updates += args.utd
-            # 3. receive and store; the step after done was a reset, not a transition
-            observations, rewards, terminated, truncated, _ = envs.recv()
-            if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
-                check_finite({f"observation or reward of {target}": np.nan}, run_dir, step)
-            valid, done = ~done, ~done & (terminated | truncated)
-            replay.insert(actions, rewards, terminated, valid, observations)
-            bootstrap = None
-            if pretrained.sizes.truncation_bootstrap == "critic" and (truncated & valid).any():
-                bootstrap = np.asarray(agent.value(state, observations, max_return))
-            normalizer.update(rewards, terminated, truncated, valid, bootstrap)
-            step += 1
-            progress.update()
-
-            episode_return += np.where(valid, rewards, 0)
-            if done.any():
-                train_returns[f"train/return/{target}"], episode_return[0] = episode_return[0], 0
-            if step % LOG_EVERY == 0:
-                check_finite(metrics, run_dir, step)
-                now = time.time()
-                values = {f"normalizer/{target}": normalizer.max_return[0], "updates": updates}
-                values["speed/steps_per_second"] = (step - last_log[1]) / (now - last_log[0])
-                logger.scalars({**(metrics or {}), **train_returns, **values}, step)
-                train_returns, last_log = {}, (now, step)
-
-    logger.close()
-    envs.close()
-    eval_envs.close()
-    if stop and last_evaluation < args.total_timesteps:
-        print(f"stopped at step {step:,}" + f"; continue with --resume {run_dir}" * bool(checkpoint_steps(run_dir)))
-    else:
-        print_table(rows)
-
-
-# Copied from brc_sac_continuous.py
-def evaluation_rows(tasks: list[str], results, step: int, updates: int, wall_time: float) -> list[dict]:
-    """Rows of eval.csv, one per task; empty where a column has no meaning."""
-    rows = []
-    for task, returns, successes in zip(tasks, *results, strict=True):
-        score = normalized_score(task, returns.mean(), successes.mean())  # linear in both
-        rows.append({
-            "step": step, "updates": updates, "wall_time": round(wall_time, 2), "task": task, "episodes": len(returns),
-            "return": round(float(returns.mean()), 4),
-            "success": "" if np.isnan(successes.mean()) else round(float(successes.mean()), 5),
-            "score": "" if np.isnan(score) else round(float(score), 5),
-        })  # fmt: skip
-    return rows
-
-
-# Copied from brc_sac_continuous.py
-def print_table(rows: list[dict]) -> None:
-    """Last evaluation of every task."""
-    width = max([len(row["task"]) for row in rows], default=4)
-    print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
-    for row in rows:
-        print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
-    scores = [row["score"] for row in rows if row["score"] != ""]
-    if scores:
-        print(f"{'mean':<{width}} {'':>10} {'':>8} {np.mean(scores):>7.3f}")
-
-
-# Copied from brc_sac_continuous.py
-def check_finite(metrics: dict | None, run_dir: Path, step: int) -> None:
-    """Stops the run when a loss or gradient is not finite, before it could reach a checkpoint."""
-    bad = [name for name, value in (metrics or {}).items() if not np.isfinite(value)]
-    if bad:
-        last = checkpoint_steps(run_dir)[:1]
-        good = f"the last good checkpoint is {run_dir}/checkpoints/{last[0]}" if last else "there is no checkpoint yet"
-        raise UserError(f"not finite at step {step:,}: {', '.join(bad)}; {good}")
-
-
 if __name__ == "__main__":
     try:
         main(parse_args())
@@ -1951,7 +2176,7 @@ if __name__ == "__main__":
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-            message = "out of memory: lower --batch-size or --buffer-size"
+            message = "out of memory: lower the width, --batch-size or, online, --buffer-size"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -57,7 +57,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import flax.linen as nn
 import gymnasium as gym
@@ -71,13 +71,23 @@ from scipy.signal import lfilter
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-# Copied from brc_sac_continuous.py
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit status 2."""
+# ======================================================================================================================
+# Part 1 of 3, the algorithm. Who stops reading at its end has read all of it: arguments, networks, projection, agent,
+# data, main. Part 2: tasks and environments. Part 3: the run.
+# ======================================================================================================================
 
+SCRIPT = "brc_offline_bc"
+PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
+AGGREGATES = {"mean": np.mean}  # over tasks, of an evaluation
 
-# ---------------------------------------------------------------------------------------------------- arguments
+PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
+NonNegativeInt = Annotated[int, "[0, inf)"]
+NonNegativeFloat = Annotated[float, "[0, inf)"]
 
 
 @dataclass
@@ -89,10 +99,10 @@ class Args:
     ids or local paths, one per task"""
     env_ids: tuple[str, ...] = ()
     """tasks to learn, as family/task (default: all of the folder); with Minari, the tasks of its data sets, in order"""
-    seed: int = 1
+    seed: Annotated[int, "[0, 2147483648)"] = 1
     """seed of networks, batches and evaluation"""
-    exp_name: str = "brc_offline_bc"
-    """name of the experiment, part of the run's name"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's name (default: the file's, so that a renamed copy is its own)"""
     run_name: str | None = None
     """name of the run directory (default: {first task}__{exp_name}__{seed}__{unix time})"""
     run_root: str = "runs"
@@ -102,17 +112,17 @@ class Args:
     checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """what evaluation steps: envpool is fastest; gymnasium is the reference and runs every family"""
-    total_updates: int = 1_000_000
+    total_updates: NonNegativeInt = 1_000_000
     """length of the training; 0 builds everything and exits"""
-    last_transitions: int | None = None
+    last_transitions: Annotated[int | None, "[1, inf)"] = None
     """learn from this many newest transitions of each task only: of a run that learned, the expert's part"""
-    eval_every: int = 25_000
+    eval_every: PositiveInt = 25_000
     """updates between evaluations"""
-    eval_episodes: int = 10
+    eval_episodes: PositiveInt = 10
     """evaluation episodes per task, actions at the policy's mean"""
-    checkpoint_every: int = 100_000
+    checkpoint_every: PositiveInt = 100_000
     """updates between checkpoints; one more is written at the end and when stopped"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep"""
     capture_video: bool = False
     """write an mp4 of one evaluation episode per task to RUN_DIR/videos/ (headless: MUJOCO_GL=egl)"""
@@ -121,48 +131,49 @@ class Args:
     wandb_project: str = "brc"
     """Weights & Biases project"""
 
-    bc_coef: float = 0.03
+    bc_coef: NonNegativeFloat = 0.03
     """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of a small sweep, see README)"""
     bc_loss: Literal["nll", "mse"] = "mse"
     """clone by the data action's negative log-likelihood, or by the mean action's squared error"""
     bc_only: bool = False
     """behavioral cloning alone: the actor ignores the critic"""
 
-    discount: float = 0.99
+    discount: Annotated[float, "[0, 1)"] = 0.99
     """gamma (Table 3)"""
-    batch_size: int = 1024
+    batch_size: PositiveInt = 1024
     """transitions per update, over all tasks, each task equally likely (Table 3)"""
-    polyak_tau: float = 5e-3
+    polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 3)"""
-    actor_lr: float = 3e-4
+    actor_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the actor (Table 3)"""
-    critic_lr: float = 3e-4
+    critic_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the critic and the task embeddings (Table 3)"""
-    temperature_lr: float = 3e-4
-    """Adam (b1 = 0.5) learning rate of the temperature (Table 3)"""
-    weight_decay: float = 1e-4
+    temperature_lr: NonNegativeFloat = 3e-4
+    """learning rate of the temperature (Table 3), by Adam with b1 = 0.5 as in the released code"""
+    weight_decay: NonNegativeFloat = 1e-4
     """AdamW weight decay (Table 3)"""
-    initial_temperature: float = 0.1
+    initial_temperature: Annotated[float, "[1e-12, inf)"] = 0.1
     """alpha at the start (Table 3)"""
-    target_entropy: float | None = None
-    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, Table 3)"""
-    num_atoms: int = 101
+    target_entropy: Annotated[float | None, "(-inf, inf)"] = None
+    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, as in the released code
+    and BRO; Table 3 prints |A|/2)"""
+    num_atoms: Annotated[int, "[2, inf)"] = 101
     """atoms of the categorical critic (Table 3)"""
-    v_min: float = -10.0
+    v_min: Annotated[float, "(-inf, 0]"] = -10.0
     """lowest atom (Table 3)"""
-    v_max: float = 10.0
-    """highest atom (Table 3), and the bound of normalized returns (Eq. 3)"""
-    critic_width: int = 4096
+    v_max: Annotated[float, "(0, inf)"] = 10.0
+    """highest atom (Table 3), to which Eq. 3 scales the largest return"""
+    critic_width: PositiveInt = 4096
     """hidden units of the BroNet critic (Table 3; the sizes of Table 1 are 256 ... 8192)"""
-    critic_depth: int = 2
+    critic_depth: NonNegativeInt = 2
     """residual blocks of the BroNet critic (Table 3)"""
-    num_critics: int = 2
+    num_critics: PositiveInt = 2
     """critics in the ensemble; targets average them, no clipped double Q (C.1)"""
-    actor_width: int = 256
+    actor_width: PositiveInt = 256
     """hidden units of the BroNet actor (Table 3)"""
-    actor_depth: int = 1
+    actor_depth: NonNegativeInt = 1
     """residual blocks of the BroNet actor (Table 3)"""
-    embedding_size: int = 32
+    embedding_size: PositiveInt = 32
     """task embedding size (Table 3)"""
     variant: Literal["paper", "released-code"] = "paper"
     """where the paper and the authors' released code differ: released-code
@@ -172,35 +183,591 @@ class Args:
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released code"""
 
 
-RELEASED_CODE = {"variant": "released-code", "embedding_norm": "l2"}  # --variant released-code
-POSITIVE = {  # smallest allowed value of every number, checked before anything is built
-    "total_updates": 0, "last_transitions": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
-    "keep_checkpoints": 1, "batch_size": 1, "num_atoms": 2, "critic_width": 1, "critic_depth": 0, "num_critics": 1,
-    "actor_width": 1, "actor_depth": 0, "embedding_size": 1, "seed": 0, "actor_lr": 0.0, "critic_lr": 0.0,
-    "temperature_lr": 0.0, "weight_decay": 0.0, "polyak_tau": 0.0, "initial_temperature": 1e-12, "bc_coef": 0.0,
+RELEASED_CODE = {"variant": "released-code", "embedding_norm": "l2"}  # defaults under --variant released-code
+RESUMABLE = {  # arguments that a resumed run may change
+    "total_updates", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
+    "wandb_project", "env_backend", "resume", "dataset",
 }  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------------------ networks
+
+orthogonal = nn.initializers.orthogonal(math.sqrt(2))
+
+
 # Copied from brc_sac_continuous.py
-def check_args(args: Args) -> None:
-    """Raises UserError for a number outside its range."""
-    for name, smallest in POSITIVE.items():
-        value = getattr(args, name)
-        if value is not None and not (smallest <= value < math.inf):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {smallest}")
-    if not 0 <= args.discount < 1:
-        raise UserError(f"--discount {args.discount}: must be in [0, 1)")
-    if args.polyak_tau > 1:
-        raise UserError(f"--polyak-tau {args.polyak_tau}: must be in [0, 1]")
-    if not -math.inf < args.v_min < args.v_max < math.inf or args.v_max <= 0:
-        raise UserError(f"--v-min {args.v_min} --v-max {args.v_max}: need v_min < v_max and v_max > 0")
-    if args.target_entropy is not None and not math.isfinite(args.target_entropy):
-        raise UserError(f"--target-entropy {args.target_entropy}: must be a finite number")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed {args.seed}: must be below 2^31")
+class BroNet(nn.Module):
+    """BroNet (Nauman et al., 2024; C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized
+    dense layers."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        for _ in range(self.depth):
+            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+        return x
 
 
-# ------------------------------------------------------------------------------------------------------- tasks
+# Copied from brc_sac_continuous.py
+class Heads(nn.Module):
+    """A linear output; with num_heads > 1, one per task, of which each row takes its own (multi-head SAC: Yu et al.,
+    2020, Meta-World)."""
+
+    features: int
+    num_heads: int
+    gain: float = math.sqrt(2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
+            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
+            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+
+        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
+        if self.num_heads == 1:
+            return x
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
+        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
+
+
+# Copied from brc_sac_continuous.py
+class Critic(nn.Module):
+    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
+
+    backbone: type[nn.Module]
+    width: int
+    depth: int
+    features: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+
+
+# Copied from brc_sac_continuous.py
+class Actor(nn.Module):
+    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
+
+    width: int
+    depth: int
+    action_dim: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = BroNet(self.width, self.depth)(x)
+        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
+        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))  # the range is BRO's and the released code's
+
+
+# Copied from brc_sac_continuous.py
+def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
+    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
+
+    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
+    """
+    noise = jax.random.normal(key, mean.shape)
+    x = mean + jnp.exp(log_std) * noise
+    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
+    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
+
+
+MIN_LOG_STD = -2.0  # of the likelihood that behavioral cloning maximizes
+
+
+def action_log_density(mean: jax.Array, log_std: jax.Array, mask: jax.Array, actions: jax.Array) -> jax.Array:
+    """Log-density [batch] of given actions [batch, |A|] under the tanh-Gaussian; see sample_action.
+
+    Actions at the bounds, which the data of a saturated policy hold, have no finite inverse of tanh: they count as
+    +-0.999. The standard deviation counts as at least exp(MIN_LOG_STD): that of a fresh actor is anywhere between e^-10
+    and e^2, and dividing by its square would let a few rows drown all others.
+    """
+    log_std = jnp.maximum(log_std, MIN_LOG_STD)
+    x = jnp.arctanh(jnp.clip(actions, -0.999, 0.999))
+    log_density = -0.5 * ((x - mean) / jnp.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))
+    return ((log_density - log_det_tanh) * mask).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------- categorical projection
+
+
+# Copied from brc_sac_continuous.py
+def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
+    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
+
+    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
+    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
+    a [batch, N, N] tensor is never built.
+    """
+    num_atoms = probs.shape[-1]
+    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
+    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
+    upper_share = position - lower
+    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
+    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
+    return projected.at[rows, lower + 1].add(probs * upper_share)
+
+
+# ---------------------------------------------------------------------------------------------- agent state and update
+
+# Copied from brc_sac_continuous.py
+ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 is a running mean, from 0 on, over each batch's entries of task i
+# Copied from brc_sac_continuous.py
+MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
+
+
+class AgentState(NamedTuple):
+    """Everything that learning changes, on the device."""
+
+    actor: Any  # parameters; *_optimizer: the optimizer's state
+    actor_optimizer: Any
+    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic_optimizer: Any
+    target_critic: Any  # as critic, its own averaged embedding included
+    log_temperature: jax.Array  # one alpha for all tasks
+    temperature_optimizer: Any
+    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
+    key: jax.Array
+
+
+class Agent(NamedTuple):
+    """The functions of one agent, see make_agent; the last two are compiled."""
+
+    init: Callable
+    act_deterministic: Callable
+    update: Callable
+
+
+def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None) -> Agent:
+    """The agent as pure functions of AgentState. One task takes the same path, without embedding.
+
+    action_dims: the tasks' own action sizes (default: action_dim for all); entropy and cloning count these only.
+    """
+    use_embedding = num_tasks > 1
+    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
+    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
+    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
+    atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
+    actor_network = Actor(args.actor_width, args.actor_depth, action_dim, 1)
+    critic_network = Critic(BroNet, args.critic_width, args.critic_depth, args.num_atoms, 1)
+    embedding_network = nn.Embed(num_tasks, args.embedding_size)
+    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
+    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
+    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
+
+    def init(seed: int) -> AgentState:
+        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + args.num_critics)
+        task_ids = jnp.zeros(1, jnp.int32)
+        conditioned_dim = observation_dim + args.embedding_size * use_embedding
+        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
+        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
+        critic_init = jax.jit(critic_network.init)
+        members = [critic_init(k, jnp.zeros((1, conditioned_dim + action_dim)), task_ids) for k in critic_keys]
+        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+        if use_embedding:
+            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
+        # Nothing but the critic would hold the temperature back, and cloning does not listen to it: no entropy then.
+        log_temperature = jnp.log(jnp.float32(0 if args.bc_only else args.initial_temperature))
+        return AgentState(
+            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
+            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks), key,
+        )  # fmt: skip
+
+    # Copied from brc_sac_continuous.py
+    def embed(critic, task_ids):
+        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
+        embedding = embedding_network.apply(critic["embedding"], task_ids)
+        order = 1 if args.embedding_norm == "l1" else 2
+        return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
+
+    # Copied from brc_sac_continuous.py
+    def policy(actor, critic, observations, task_ids):
+        """Mean, log standard deviation and action mask, each [batch, |A|]. The embedding is the critic's, without
+        gradient: only the critic's loss trains it (Section 3, C.4)."""
+        if use_embedding:
+            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
+        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
+
+    def critic_outputs(critic, observations, actions, task_ids):
+        """Logits of every critic, [num_critics, batch, num_atoms]."""
+        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
+        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
+        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
+
+    def reward_scale(state, max_return):
+        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
+        entropy_bound = jnp.exp(state.log_temperature) * jnp.abs(state.entropy) / (1 - args.discount)
+        return args.v_max / jnp.maximum(max_return + entropy_bound, MIN_SCALE)
+
+    def critic_target(state, batch, max_return, key):
+        """Target distribution [batch, num_atoms] (C.2) and normalized rewards [batch]."""
+        next_observations, task_ids = batch.next_observations, batch.task_ids
+        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
+        discounts = args.discount * (1 - batch.terminated)
+        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
+        next_actions, next_log_probs = sample_action(key, *next_policy)
+        outputs = critic_outputs(state.target_critic, next_observations, next_actions, task_ids)
+        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
+        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
+        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, args.v_min, args.v_max), rewards
+
+    def critic_loss(critic, batch, target):
+        """Cross-entropy with the target distribution; mean over the batch, sum over critics."""
+        outputs = critic_outputs(critic, batch.observations, batch.actions, batch.task_ids)
+        return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
+
+    def actor_loss(actor, state, batch, key):
+        """Policy improvement over its mean |Q|, and cloning; see the top of the file."""
+        mean, log_std, mask = policy(actor, state.critic, batch.observations, batch.task_ids)
+        actions, log_probs = sample_action(key, mean, log_std, mask)
+        outputs = critic_outputs(state.critic, batch.observations, actions, batch.task_ids)
+        q = (nn.softmax(outputs) * atoms).sum(-1).mean(0)
+        q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+        improvement = (jnp.exp(state.log_temperature) * log_probs - q).mean() / jnp.maximum(q_scale, 1e-6)
+        if args.bc_loss == "nll":
+            cloning = -action_log_density(mean, log_std, mask, batch.actions)
+        else:
+            cloning = (((jnp.tanh(mean) - batch.actions) * mask) ** 2).sum(-1)
+        cloning = (cloning / own_dims[batch.task_ids]).mean()
+        loss = cloning if args.bc_only else improvement + args.bc_coef * cloning
+        return loss, (log_probs, {"losses/improvement": improvement, "losses/cloning": cloning, "q/policy": q.mean()})
+
+    def update(state: AgentState, batch: Batch, max_return: jax.Array):
+        """Critic, target critic, actor, temperature, in this order. batch: [batch_size, ...]; max_return: G_i."""
+        key, critic_key, actor_key = jax.random.split(state.key, 3)
+        target, rewards = critic_target(state, batch, max_return, critic_key)
+        critic_loss_value, critic_gradient = jax.value_and_grad(critic_loss)(state.critic, batch, target)
+        changes, opt_state = critic_optimizer.update(critic_gradient, state.critic_optimizer, state.critic)
+        critic = optax.apply_updates(state.critic, changes)
+        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
+        state = state._replace(key=key, critic=critic, critic_optimizer=opt_state, target_critic=target_critic)
+
+        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
+        (actor_loss_value, aux), actor_gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
+        log_probs, parts = aux
+        changes, opt_state = actor_optimizer.update(actor_gradient, state.actor_optimizer, state.actor)
+        state = state._replace(actor=optax.apply_updates(state.actor, changes), actor_optimizer=opt_state)
+
+        counts = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
+        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(counts, 1)
+        moved = state.entropy + ENTROPY_RATE * (task_entropy - state.entropy)
+        state = state._replace(entropy=jnp.where(counts > 0, moved, state.entropy))
+
+        entropy = -log_probs.mean()
+        temperature_loss = jnp.exp(state.log_temperature) * (entropy - target_entropy[batch.task_ids].mean())
+        gradient = temperature_loss  # in log alpha, of which alpha is its own derivative
+        changes, opt_state = temperature_optimizer.update(gradient, state.temperature_optimizer)
+        log_temperature = state.log_temperature + changes
+        state = state._replace(log_temperature=log_temperature, temperature_optimizer=opt_state)
+        q = (target * atoms).sum(-1)
+        metrics = {
+            "losses/critic": critic_loss_value, "losses/actor": actor_loss_value,
+            "losses/temperature": temperature_loss, "gradient_norms/critic": optax.tree.norm(critic_gradient),
+            "gradient_norms/actor": optax.tree.norm(actor_gradient), "policy/entropy": entropy,
+            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
+            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
+            "rewards/normalized_max_abs": jnp.abs(rewards).max(), **parts,
+        }  # fmt: skip
+        return state, metrics
+
+    # Copied from brc_sac_continuous.py
+    def act_deterministic(actor, critic, observations, task_ids):
+        mean, _, mask = policy(actor, critic, observations, task_ids)
+        return jnp.tanh(mean) * mask
+
+    return Agent(init, jax.jit(act_deterministic), jax.jit(update, donate_argnums=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+# Copied from brc_sac_continuous.py
+class Batch(NamedTuple):
+    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+
+    observations: np.ndarray  # [..., |S|]
+    actions: np.ndarray  # [..., |A|]
+    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
+    terminated: np.ndarray  # [...], True if the episode terminated here; truncation does not cut the bootstrap
+    next_observations: np.ndarray  # [..., |S|]
+    task_ids: np.ndarray  # [...]
+
+
+# Copied from brc_sac_continuous.py
+def record_type(observation_dim: int, action_dim: int) -> np.dtype:
+    """One slot of replay, and one record of what is written to disk: an observation and what was done there; its next
+    observation is the next slot's.
+
+    Environments reset on the step after an episode's end and ignore that step's action (next-step autoreset, as in
+    envpool and Gymnasium). Here an episode of two steps ends and the next one begins:
+
+      slot           0      1      2           3      4
+      observation    s_0    s_1    s_2, last   s'_0   s'_1
+      action         a_0    a_1    ignored     a'_0   a'_1
+      reward         r_0    r_1    0           r'_0   r'_1
+      valid          yes    yes    no          yes    yes
+
+    The transition of slot 1 ends in s_2, where the bootstrap of a truncated episode is taken. Slot 2 is the step that
+    reset: it is not valid, no transition, never learned from.
+    """
+    return np.dtype([
+        ("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
+        ("terminated", "?"), ("valid", "?"),
+    ])  # fmt: skip
+
+
+class Dataset:
+    """Transitions of several tasks, memory-mapped: one .npy per task, an array of records (see record_type).
+
+    Record t holds an observation and what was done there; its next observation is record t + 1's. The record of an
+    episode's final observation is not valid: it is no transition.
+    """
+
+    def __init__(self, tasks: list[str], paths: list[Path], envs: "ParallelEnvs", last: int | None, discount: float):
+        """last: how many of each task's newest transitions to take, None for all."""
+        self.observation_dim, self.action_dim = envs.observation_dim, envs.action_dim
+        self.records, self.starts, returns = [], [], []
+        for task, path, *sizes in zip(tasks, paths, envs.observation_dims, envs.action_dims, strict=True):
+            records = self.open(task, path, record_type(*sizes))
+            starts = np.flatnonzero(records["valid"][:-1])[-(last or 0) :]
+            if not len(starts):
+                raise UserError(f"{path}: no transition of {task} in it")
+            newest = records[starts[0] :]
+            self.check_content(path, newest)
+            is_cut = bool(starts[0] > 0 and records["valid"][starts[0] - 1])
+            returns.append(returns_of(newest, discount, is_cut))
+            self.records.append(records)
+            self.starts.append(starts)
+        largest, self.mean_return = zip(*returns, strict=True)
+        self.max_return = np.array(largest, np.float32)  # G_i
+
+    def open(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
+        """Maps a file. Raises UserError if it is damaged or not what the task's sizes ask for."""
+        try:
+            records = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+        except Exception as error:  # a damaged header is parsed as Python, with errors of many kinds
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is damaged or not a NumPy file: {type(error).__name__}: {reason}") from error
+        if records.ndim != 1 or records.dtype.names != dtype.names:
+            raise UserError(f"{path} is not a data set of this project: it holds {records.dtype} {records.shape}")
+        if records.dtype != dtype:
+            raise UserError(f"{path} does not fit {task}: it has {records.dtype.descr}, the task {dtype.descr}")
+        return records
+
+    def check_content(self, path: Path, records: np.ndarray, rows: int = 100_000) -> None:
+        """Raises UserError for values that are not finite and actions outside [-1, 1]; reads `rows` at a time."""
+        for first in range(0, len(records), rows):
+            part = records[first : first + rows]
+            for name in ("observation", "action", "reward"):
+                values = part[name] if name == "observation" else part[name][part["valid"]]
+                if not np.isfinite(values).all():
+                    raise UserError(f"{path}: {name} holds values that are not finite")
+                if name == "action" and len(values) and np.abs(values).max() > 1 + 1e-5:
+                    raise UserError(f"{path}: actions reach {np.abs(values).max():.3g}, but must be in [-1, 1]")
+
+    def sample(self, rng: np.random.Generator, batch_size: int) -> Batch:
+        """A batch [batch_size, ...]: every task is equally likely, and so is every transition of a task."""
+        task_ids = np.sort(rng.integers(len(self.records), size=batch_size, dtype=np.int32))
+        observations, next_observations = np.zeros((2, batch_size, self.observation_dim), np.float32)
+        actions = np.zeros((batch_size, self.action_dim), np.float32)
+        rewards, terminated = np.zeros(batch_size, np.float32), np.zeros(batch_size, bool)
+        for task in np.unique(task_ids):
+            rows, records = task_ids == task, self.records[task]
+            starts = rng.choice(self.starts[task], rows.sum())
+            now = records[starts]
+            size = now["observation"].shape[1]
+            observations[rows, :size] = now["observation"]
+            next_observations[rows, :size] = records["observation"][starts + 1]
+            actions[rows, : now["action"].shape[1]] = now["action"]
+            rewards[rows], terminated[rows] = now["reward"], now["terminated"]
+        return Batch(observations, actions, rewards, terminated, next_observations, task_ids)
+
+
+def returns_of(records: np.ndarray, discount: float, is_cut: bool) -> tuple[float, float]:
+    """Largest absolute discounted return (Eq. 2) and mean undiscounted return of the episodes in `records`.
+
+    After the end of an episode comes nothing if it terminated, else its mean reward for ever, as in the released code:
+    no critic is there yet to be asked (C.2). A piece that a stopped run leaves, shorter than the longest episode and
+    than the horizon 1 / (1 - discount), says too little about what would have come: nothing is added. The mean is
+    over whole episodes: terminated or as long as the longest, without the first where `is_cut` says that its beginning
+    is missing; over all pieces if none is whole.
+    """
+    valid = np.array(records["valid"])
+    rewards, terminated = records["reward"].astype(np.float64), np.array(records["terminated"])
+    ends = np.flatnonzero(~np.append(valid, False))
+    starts = np.append(0, ends[:-1] + 1)
+    longest = int((ends - starts).max())
+    largest, whole, pieces = float(np.abs(rewards[valid]).max(initial=0)), [], []
+    for start, end in zip(starts, ends, strict=True):
+        if end == start:
+            continue
+        episode = rewards[start:end]
+        returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
+        if not terminated[end - 1] and len(episode) >= min(longest, 1 / (1 - discount)):
+            returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
+        largest = max(largest, float(np.abs(returns).max()))
+        pieces.append(episode.sum())
+        if (terminated[end - 1] or len(episode) == longest) and not (is_cut and start == 0):
+            whole.append(episode.sum())
+    return largest, float(np.mean(whole or pieces))
+
+
+def is_folder(dataset: tuple[str, ...]) -> bool:
+    """Whether --dataset is a folder of .npy files; else its entries are Minari's."""
+    return len(dataset) == 1 and Path(dataset[0]).is_dir() and any(Path(dataset[0]).glob("*.npy"))
+
+
+def dataset_tasks(args: Args) -> list[str]:
+    """Names of the tasks to learn. Raises UserError if the data set does not say, or has others."""
+    if not args.dataset:
+        raise UserError("no data: give --dataset, such as --dataset runs/RUN/replay of a run made with --save-replay")
+    if not is_folder(args.dataset):
+        if len(args.env_ids) != len(args.dataset):
+            raise UserError(
+                f"--dataset {' '.join(args.dataset)}: no folder with .npy files, such as runs/RUN/replay; Minari data "
+                "sets need as many --env-ids, in the same order"
+            )
+        check_tasks(list(args.env_ids))
+        return list(args.env_ids)
+    folder, found = Path(args.dataset[0]), None
+    for path in (folder / "dataset.json", folder.parent / "args.json"):  # a converter's, or the run's that made it
+        if path.exists():
+            try:
+                found = [name.strip() for name in json.loads(path.read_text())["env_info"]["task_names"]]
+                break
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not args.env_ids:
+                    raise UserError(f"{path} does not name the data set's tasks ({error}); give --env-ids") from error
+    tasks = list(args.env_ids) or found
+    if not tasks:
+        raise UserError(f"{folder} does not say which tasks it holds (no args.json beside it); give --env-ids")
+    check_tasks(tasks)
+    for task in tasks:
+        if not (folder / f"{file_name(task)}.npy").exists():
+            have = ", ".join(sorted(path.stem for path in folder.glob("*.npy")))
+            raise UserError(f"{folder} has no data of {task}; it has: {have}")
+    return tasks
+
+
+def data_files(args: Args, tasks: list[str], run_dir: Path) -> list[Path]:
+    """One file of records per task: of the folder, or in RUN_DIR/data/, made there from Minari's data sets."""
+    if is_folder(args.dataset):
+        return [Path(args.dataset[0]) / f"{file_name(task)}.npy" for task in tasks]
+    paths = [run_dir / "data" / f"{file_name(task)}.npy" for task in tasks]
+    for name, path in zip(args.dataset, paths, strict=True):
+        if not args.resume or not path.exists():
+            convert_minari(name, path)
+    return paths
+
+
+def convert_minari(name: str, path: Path) -> None:
+    """Writes a Minari data set as one file of records, episode by episode; actions become those of [-1, 1].
+
+    name: a data set's id, downloaded when it is not there, or the path of one. Raises UserError if it cannot be read.
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise UserError(f"{name} needs Minari ({error}); install: pip install 'minari[hdf5]==0.5.4'") from error
+    try:
+        if Path(name).is_dir():
+            folder = Path(name)
+            data = minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
+        else:
+            data = minari.load_dataset(name, download=True)
+        low, high = data.action_space.low, data.action_space.high
+        keys = None
+        if isinstance(data.observation_space, gym.spaces.Dict):  # flat, as make_env makes it
+            keys, goal_keys = list(data.observation_space.spaces), ["observation", "desired_goal"]
+            keys = goal_keys if set(goal_keys) <= set(keys) else keys
+        partial_path, records, first = path.with_name(f".partial-{path.name}"), None, 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for episode in data.iterate_episodes():
+            observations = episode.observations
+            if keys:
+                parts = [np.reshape(observations[key], (len(observations[key]), -1)) for key in keys]
+                observations = np.concatenate(parts, axis=1)
+            if records is None:
+                dtype = record_type(observations.shape[1], len(low))
+                length = int(data.total_steps) + int(data.total_episodes)
+                records = np.lib.format.open_memmap(partial_path, mode="w+", dtype=dtype, shape=(length,))
+            last = first + len(episode.actions)  # the final observation's record, which is not a transition
+            rows = records[first : last + 1]
+            rows["observation"] = observations
+            rows["action"][:-1] = 2 * (np.asarray(episode.actions, np.float64) - low) / (high - low) - 1
+            rows["reward"][:-1], rows["terminated"][:-1] = episode.rewards, episode.terminations
+            rows["valid"] = np.arange(len(rows)) < len(rows) - 1
+            first = last + 1
+        if records is None:
+            raise ValueError("it has no episodes")
+        records.flush()
+        partial_path.replace(path)
+    except Exception as error:  # Minari's, HDF5's and the network's own, of many kinds
+        raise UserError(f"cannot read Minari data set {name}: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> None:
+    """Trains one agent on the data of `args`; everything it writes is in its run directory."""
+    tasks = dataset_tasks(args)
+    with Run(args, tasks[0], args.total_updates, unit="update") as run:
+        eval_envs = ParallelEnvs(tasks, eval_copies(len(tasks), args.eval_episodes), args.seed, args.env_backend)
+        data = Dataset(tasks, data_files(args, tasks, run.directory), eval_envs, args.last_transitions, args.discount)
+        sizes = eval_envs.observation_dim, eval_envs.action_dim
+        agent = make_agent(args, len(tasks), *sizes, eval_envs.action_dims)
+        rng = np.random.default_rng(args.seed)
+        state, saved = run.restore(agent.init(args.seed))
+        if saved:
+            rng.bit_generator.state = saved["rng"]
+        print(f"tasks: {len(tasks)}, |S| = {sizes[0]}, |A| = {sizes[1]}; parameters: "
+              f"{parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
+              f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
+        for task, starts, mean_return in zip(tasks, data.starts, data.mean_return, strict=True):
+            print(f"data: {task} {len(starts):,} transitions, mean return {mean_return:.1f}")
+        mean_return = dict(zip(tasks, data.mean_return, strict=True))
+        run.start(env_info=eval_envs.information(), data_mean_return=mean_return)
+        if args.total_updates == 0:
+            return eval_envs.close()
+        rng_state = rng.bit_generator.state
+        batch = data.sample(rng, args.batch_size)
+
+        while True:
+            if run.evaluation_due():
+                act = partial(agent.act_deterministic, state.actor, state.critic)
+                evaluated = run.log_evaluation(evaluate(act, eval_envs, args.eval_episodes, run.stop))
+                if evaluated and args.capture_video:
+                    record_videos(act, eval_envs, run)
+            if run.checkpoint_due():
+                run.save(state, rng=rng_state)
+            if run.over():
+                break
+
+            state, metrics = agent.update(state, batch, data.max_return)
+            rng_state = rng.bit_generator.state  # of the batch that comes next, which a resumed run draws again
+            batch = data.sample(rng, args.batch_size)  # while the device updates
+            jax.block_until_ready(metrics)
+            run.advance(updates=1)
+            if run.log_due():
+                run.log(metrics)
+
+        run.finish()
+        eval_envs.close()
+
+
+# ======================================================================================================================
+# Part 2 of 3, tasks and environments: names and suites, scores, environments, evaluation, videos. The same in
+# brc_sac_continuous.py, brc_offline_bc.py and brc_embedding_transfer.py.
+# ======================================================================================================================
 
 DMC = """acrobot-swingup acrobot-swingup-sparse ball-in-cup-catch cartpole-balance cartpole-balance-sparse
 cartpole-swingup cartpole-swingup-sparse cheetah-run dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy
@@ -257,9 +824,37 @@ INSTALL = {  # what a family needs besides requirements.txt, or without it
     "shadowhand": "pip install gymnasium-robotics && git clone "
     "https://github.com/naumix/BiggerRegularizedCategorical && export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
 }
+LOCOMOTION = "walk stand run stair crawl pole slide hurdle maze".split()
+HB_MANIPULATION = """sit-simple sit-hard balance-simple balance-hard reach spoon window insert-small insert-normal
+bookshelf-simple bookshelf-hard""".split()
+MW_DMC = """walker-stand walker-walk walker-run cheetah-run reacher-easy reacher-hard acrobot-swingup pendulum-swingup
+cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse ball-in-cup-catch finger-spin
+finger-turn-easy finger-turn-hard fish-swim hopper-stand hopper-hop""".split()
+HB_MEDIUM_TRANSFER = "run hurdle maze".split()
+HB_HARD_TRANSFER = "truck powerlift room door basketball push cabinet".split()
+METAWORLD_TRANSFER = "assembly disassemble dial-turn lever-pull push-back".split()
+SUITES = {  # name: (tasks, environment steps per task): E.1, the splits of E.2, and Figure 10's three tasks
+    "dmc-dogs": ([f"dmc/dog-{t}" for t in ("stand", "walk", "trot", "run")], 500_000),
+    "dmc-humanoids": ([f"dmc/humanoid-{t}" for t in ("stand", "walk", "run")], 500_000),
+    "metaworld": ([f"metaworld/{t}" for t in METAWORLD], 500_000),
+    "hb-medium": ([f"humanoidbench/h1-{t}" for t in LOCOMOTION], 1_000_000),
+    "hb-hard": ([f"humanoidbench/h1hand-{t}" for t in LOCOMOTION + HB_MANIPULATION], 2_000_000),
+    "shadowhand": ([f"shadowhand/{t}" for t in SHADOWHAND], 1_000_000),
+    "mw-dmc": ([f"metaworld/{t}" for t in METAWORLD] + [f"dmc/{t}" for t in MW_DMC + DMC_EXTRA], 500_000),
+    "metaworld-pretrain": ([f"metaworld/{t}" for t in METAWORLD if t not in METAWORLD_TRANSFER], 500_000),
+    "metaworld-transfer": ([f"metaworld/{t}" for t in METAWORLD_TRANSFER], 500_000),
+    "hb-medium-3": ([f"humanoidbench/h1-{t}" for t in ("walk", "stair", "slide")], 1_000_000),
+    "hb-medium-pretrain": ([f"humanoidbench/h1-{t}" for t in LOCOMOTION if t not in HB_MEDIUM_TRANSFER], 1_000_000),
+    "hb-medium-transfer": ([f"humanoidbench/h1-{t}" for t in HB_MEDIUM_TRANSFER], 1_000_000),
+    "hb-hard-transfer": ([f"humanoidbench/h1hand-{t}" for t in HB_HARD_TRANSFER], 2_000_000),
+    "shadowhand-transfer": ([f"shadowhand/{t}" for t in SHADOWHAND_TRANSFER], 1_000_000),
+}  # fmt: skip
+SUITES |= {  # other names of the same sets
+    "hb-medium-6": SUITES["hb-medium-pretrain"], "hb-medium-9": SUITES["hb-medium"],
+    "hb-hard-pretrain": SUITES["hb-hard"], "shadowhand-pretrain": SUITES["shadowhand"],
+}  # fmt: skip
 
 
-# Copied from brc_sac_continuous.py
 def check_tasks(tasks: list[str]) -> None:
     """Raises UserError for an unknown family or task, naming the valid ones, and for a task named twice."""
     for task in tasks:
@@ -274,7 +869,40 @@ def check_tasks(tasks: list[str]) -> None:
         raise UserError("a task is named twice in --env-ids")
 
 
-# Copied from brc_sac_continuous.py
+def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str], int]:
+    """Task names and the environment steps per task that Section 4 gives them (1,000,000 where it gives none).
+
+    Raises UserError for an unknown suite, family or task, naming the valid ones.
+    """
+    if suite and env_ids:
+        raise UserError("--suite and --env-ids exclude each other: give one of them")
+    if suite and suite not in SUITES:
+        raise UserError(f"unknown suite '{suite}'; suites: {', '.join(SUITES)}")
+    tasks, steps = SUITES[suite] if suite else (list(env_ids), 1_000_000)
+    if not tasks:
+        raise UserError(f"no tasks: give --env-ids, such as --env-ids dmc/walker-walk, or --suite: {', '.join(SUITES)}")
+    check_tasks(tasks)
+    return tasks, steps
+
+
+def list_tasks() -> None:
+    """Prints families with their tasks, the packages that they lack, and suites."""
+    modules = {"dmc": ["dm_control"], "metaworld": ["metaworld"], "humanoidbench": ["humanoid_bench", "torch"],
+               "shadowhand": ["dex_envs", "gymnasium_robotics"]}  # fmt: skip
+    for family, tasks in FAMILIES.items():
+        missing = [module for module in modules[family] if importlib.util.find_spec(module) is None]
+        print(f"{family}/ ({len(tasks)} tasks){': missing ' + ', '.join(missing) if missing else ''}")
+        if missing and family == "shadowhand":
+            print(f"  {', '.join(SHADOWHAND_ENVPOOL)} run without; for the others: {INSTALL[family]}")
+        elif missing:
+            print(f"  {INSTALL[family]}")
+        print(f"  {' '.join(tasks)}")
+    print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
+    print("suites:")
+    for suite, (tasks, steps) in SUITES.items():
+        print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
+
+
 def normalized_score(task: str, episode_return: float, success: float) -> float:
     """Score of an episode (E.3): success for metaworld and shadowhand, return / 1000 for dmc, Eq. 5 with Table 2 for
     humanoidbench, NaN where the paper defines none (gym)."""
@@ -286,8 +914,6 @@ def normalized_score(task: str, episode_return: float, success: float) -> float:
         return (episode_return - random_return) / (success_return - random_return)
     return success if family in ("metaworld", "shadowhand") else math.nan
 
-
-# -------------------------------------------------------------------------------------------------- environments
 
 ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order; and the
     # hand's, whose achieved goal is part of the observation
@@ -310,7 +936,6 @@ ENVPOOL_BROKEN = {  # in envpool 1.2.5 these are other tasks than dm_control's a
 }  # fmt: skip
 
 
-# Copied from brc_sac_continuous.py
 class DMControlEnv(gym.Env):
     """A dm_control task as a Gymnasium environment: flat float32 observation, actions rescaled by dm_control's own
     wrapper to [-1, 1], truncation at dm_control's time limit (1,000 steps).
@@ -347,7 +972,6 @@ class DMControlEnv(gym.Env):
         return self.env.physics.render(height=240, width=320, camera_id=0)
 
 
-# Copied from brc_sac_continuous.py
 def extra_task_id(name: str) -> str:
     """Gymnasium's id of a task in DMC_EXTRA, after importing the file that registers them: the one thing that a script
     takes from benchmark/, found beside the script whatever the current directory is."""
@@ -361,7 +985,6 @@ def extra_task_id(name: str) -> str:
     return gym_id
 
 
-# Copied from brc_sac_continuous.py
 def make_env(task: str, render_mode: str | None = None, seed: int | None = None) -> gym.Env:
     """One Gymnasium environment with a flat Box observation, actions in [-1, 1] and the paper's episode length (E.1).
 
@@ -422,7 +1045,6 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
     return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
 
 
-# Copied from brc_sac_continuous.py
 def make_worker_env(task: str, seed: int) -> gym.Env:
     """make_env for a worker process, which leaves it to the main process to handle Ctrl-C and SIGTERM."""
     if multiprocessing.parent_process() is not None:
@@ -431,7 +1053,6 @@ def make_worker_env(task: str, seed: int) -> gym.Env:
     return make_env(task, seed=seed)
 
 
-# Copied from brc_sac_continuous.py
 def envpool_id(task: str) -> str | None:
     """envpool's name of a dmc/, metaworld/ or shadowhand/ task, or None if it has none that works."""
     import envpool
@@ -443,7 +1064,6 @@ def envpool_id(task: str) -> str | None:
     return found if found in envpool.list_all_envs() and task not in ENVPOOL_BROKEN else None
 
 
-# Copied from brc_sac_continuous.py
 class EnvPoolTask:
     """num_envs copies of one task in one envpool pool; send and recv overlap with other work."""
 
@@ -484,7 +1104,6 @@ class EnvPoolTask:
         self.pool.close()
 
 
-# Copied from brc_sac_continuous.py
 class GymnasiumTask:
     """One task in a worker process, a Gymnasium AsyncVectorEnv of one environment.
 
@@ -537,13 +1156,29 @@ class GymnasiumTask:
         atexit.unregister(self.close)
 
 
-# Copied from brc_sac_continuous.py
+class Step(NamedTuple):
+    """One step of every row of ParallelEnvs, [size, ...]. Where it was a reset (next-step autoreset, see record_type),
+    valid is False, and so are terminated, truncated and done, the reward is 0 and success NaN."""
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray  # and not terminated
+    valid: np.ndarray
+    success: np.ndarray  # NaN where the environment reports none
+
+    @property
+    def done(self) -> np.ndarray:
+        return self.terminated | self.truncated
+
+
 class ParallelEnvs:
     """num_envs copies of every task that envpool steps, and one of every other, stepped all at once.
 
     Row r is a copy of task task_ids[r]. Observations are zero-padded to the widest task, actions cut to the task's own
-    size (E.1's mixes). After terminated or truncated, the next step resets that row: it returns the first observation
-    and ignores the action.
+    size (E.1's mixes). After done, the next step resets that row and ignores the action: next-step autoreset, see
+    record_type. episode_return, episode_success (at any step) and episode_length are those of each row's current
+    episode, at a done step of the whole one.
     """
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
@@ -572,7 +1207,17 @@ class ParallelEnvs:
             raise UserError(f"envpool has no {task}; take --env-backend auto")
         return GymnasiumTask(task, seed)
 
+    def information(self) -> dict:
+        """env_info of args.json."""
+        return {
+            "num_tasks": len(self.tasks), "task_names": self.tasks, "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim, "observation_dims": self.observation_dims, "action_dims": self.action_dims,
+        }  # fmt: skip
+
     def reset(self) -> np.ndarray:
+        self.done, self.last_returns = np.zeros(self.size, bool), {}
+        self.episode_return, self.episode_length = np.zeros(self.size), np.zeros(self.size, int)
+        self.episode_success = np.full(self.size, np.nan)
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         for rows, pool in self.rows:
             observations[rows, : pool.observation_dim] = pool.reset()
@@ -584,588 +1229,80 @@ class ParallelEnvs:
         for rows, pool in self.stepping:
             pool.send(actions[rows, : pool.action_dim])
 
-    def recv(self):
-        """Returns observations [size, observation_dim] and rewards, terminated, truncated, success, each [size].
-
-        success is NaN where the environment reports none; all is zero where a task was not stepped.
-        """
+    def recv(self) -> Step:
+        """Raises FloatingPointError for an observation or reward that is not finite. Rows that were not stepped are as
+        if they had been reset."""
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         rewards, success = np.zeros(self.size, np.float32), np.full(self.size, np.nan, np.float32)
-        terminated, truncated = np.zeros(self.size, bool), np.zeros(self.size, bool)
+        terminated, truncated, stepped = np.zeros((3, self.size), bool)
         for rows, pool in self.stepping:
             observation, rewards[rows], terminated[rows], truncated[rows], info = pool.recv()
-            observations[rows, : pool.observation_dim] = observation
+            observations[rows, : pool.observation_dim], stepped[rows] = observation, True
             success[rows] = info.get("success", info.get("is_success", np.nan))
-        return observations, rewards, terminated, truncated & ~terminated, success
+        finite = np.isfinite(rewards) & np.isfinite(observations).all(axis=1)
+        if not finite.all():
+            raise FloatingPointError(f"observation or reward of {self.tasks[self.task_ids[finite.argmin()]]}")
+        began, valid = self.done & stepped, stepped & ~self.done
+        step = Step(
+            observations, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, valid,
+            np.where(valid, success, np.nan),
+        )  # fmt: skip
+        self.done = np.where(stepped, step.done, self.done)
+        self.episode_return = np.where(began, 0, self.episode_return) + step.rewards
+        self.episode_length = np.where(began, 0, self.episode_length) + valid
+        self.episode_success = np.fmax(np.where(began, np.nan, self.episode_success), step.success)
+        if self.episode_length.max() > MAX_EPISODE_STEPS:
+            task = self.tasks[self.task_ids[self.episode_length.argmax()]]
+            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
+        for row in np.flatnonzero(step.done):
+            self.last_returns[f"train/return/{self.tasks[self.task_ids[row]]}"] = self.episode_return[row]
+        return step
 
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-
-
-# Copied from brc_sac_continuous.py
-class Batch(NamedTuple):
-    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
-
-    observations: np.ndarray  # [..., |S|]
-    actions: np.ndarray  # [..., |A|]
-    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
-    terminated: np.ndarray  # [...], 1.0 if the episode terminated here; truncation does not cut the bootstrap
-    next_observations: np.ndarray  # [..., |S|]
-    task_ids: np.ndarray  # [...]
-
-
-def record_type(observation_dim: int, action_dim: int) -> np.dtype:
-    """What a file holds of every step, see Dataset."""
-    return np.dtype([
-        ("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
-        ("terminated", "?"), ("valid", "?"),
-    ])  # fmt: skip
-
-
-def dataset_tasks(args: Args) -> list[str]:
-    """Names of the tasks to learn. Raises UserError if the data set does not say, or has others."""
-    if not args.dataset:
-        raise UserError("no data: give --dataset, such as --dataset runs/RUN/replay of a run made with --save-replay")
-    if not is_folder(args.dataset):
-        if len(args.env_ids) != len(args.dataset):
-            raise UserError(
-                f"--dataset {' '.join(args.dataset)}: no folder with .npy files, such as runs/RUN/replay; Minari data "
-                "sets need as many --env-ids, in the same order"
-            )
-        check_tasks(list(args.env_ids))
-        return list(args.env_ids)
-    folder, found = Path(args.dataset[0]), None
-    for path in (folder / "dataset.json", folder.parent / "args.json"):  # a converter's, or the run's that made it
-        if path.exists():
-            try:
-                found = [name.strip() for name in json.loads(path.read_text())["env_info"]["task_names"]]
-                break
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if not args.env_ids:
-                    raise UserError(f"{path} does not name the data set's tasks ({error}); give --env-ids") from error
-    tasks = list(args.env_ids) or found
-    if not tasks:
-        raise UserError(f"{folder} does not say which tasks it holds (no args.json beside it); give --env-ids")
-    check_tasks(tasks)
-    for task in tasks:
-        if not (folder / f"{file_name(task)}.npy").exists():
-            have = ", ".join(sorted(path.stem for path in folder.glob("*.npy")))
-            raise UserError(f"{folder} has no data of {task}; it has: {have}")
-    return tasks
-
-
-def is_folder(dataset: tuple[str, ...]) -> bool:
-    """Whether --dataset is a folder of .npy files; else its entries are Minari's."""
-    return len(dataset) == 1 and Path(dataset[0]).is_dir() and any(Path(dataset[0]).glob("*.npy"))
-
-
-def convert_minari(name: str, path: Path) -> None:
-    """Writes a Minari data set as one file of records, episode by episode; actions become those of [-1, 1].
-
-    name: a data set's id, downloaded when it is not there, or the path of one. Raises UserError if it cannot be read.
-    """
-    try:
-        import minari
-    except ImportError as error:
-        raise UserError(f"{name} needs Minari ({error}); install: pip install 'minari[hdf5]==0.5.4'") from error
-    try:
-        if Path(name).is_dir():
-            folder = Path(name)
-            data = minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
-        else:
-            data = minari.load_dataset(name, download=True)
-        space, low, high = data.observation_space, data.action_space.low, data.action_space.high
-        keys = goal_keys(space)
-
-        def flatten(observations):
-            return np.concatenate([np.reshape(observations[k], (len(observations[k]), -1)) for k in keys], axis=1)
-
-        partial_path, records, first = path.with_name(f".partial-{path.name}"), None, 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for episode in data.iterate_episodes():
-            observations = flatten(episode.observations) if keys else episode.observations
-            if records is None:
-                dtype = record_type(observations.shape[1], len(low))
-                length = int(data.total_steps) + int(data.total_episodes)
-                records = np.lib.format.open_memmap(partial_path, mode="w+", dtype=dtype, shape=(length,))
-            last = first + len(episode.actions)  # the final observation's record, which is not a transition
-            rows = records[first : last + 1]
-            rows["observation"] = observations
-            rows["action"][:-1] = 2 * (np.asarray(episode.actions, np.float64) - low) / (high - low) - 1
-            rows["reward"][:-1], rows["terminated"][:-1] = episode.rewards, episode.terminations
-            rows["valid"] = np.arange(len(rows)) < len(rows) - 1
-            first = last + 1
-        if records is None:
-            raise ValueError("it has no episodes")
-        records.flush()
-        partial_path.replace(path)
-    except Exception as error:  # Minari's, HDF5's and the network's own, of many kinds
-        raise UserError(f"cannot read Minari data set {name}: {' '.join(str(error).split())}") from error
-
-
-def goal_keys(space: gym.Space) -> list[str] | None:
-    """Keys that make the flat observation of a Dict space, as in make_env; None for a flat space."""
-    if not isinstance(space, gym.spaces.Dict):
-        return None
-    wanted = ["observation", "desired_goal"]
-    return wanted if set(wanted) <= set(space.spaces) else list(space.spaces)
-
-
-class Dataset:
-    """Transitions of several tasks, memory-mapped: one .npy per task, an array of records (see record_type).
-
-    Record t holds an observation and what was done there; its next observation is record t + 1's. The record of an
-    episode's final observation is not valid: it is no transition.
-    """
-
-    def __init__(self, tasks: list[str], paths: list[Path], envs: ParallelEnvs, last: int | None, discount: float):
-        self.observation_dim, self.action_dim = envs.observation_dim, envs.action_dim
-        self.records, self.starts, self.max_return, self.mean_return = [], [], [], []
-        for task, path, *sizes in zip(tasks, paths, envs.observation_dims, envs.action_dims, strict=True):
-            records = self.open(task, path, record_type(*sizes))
-            self.records.append(records)
-            starts = np.flatnonzero(records["valid"][:-1])[-(last or 0) :]
-            self.starts.append(starts)
-            if not len(starts):
-                raise UserError(f"{path}: no transition of {task} in it")
-            self.check_content(path, records[starts[0] :])
-            is_cut = bool(starts[0] > 0 and records["valid"][starts[0] - 1])
-            max_return, mean_return = returns_of(records[starts[0] :], discount, is_cut)
-            self.max_return.append(max_return)
-            self.mean_return.append(mean_return)
-        self.max_return = np.array(self.max_return, np.float32)
-
-    def open(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
-        """Maps a file. Raises UserError if it is damaged or not what the task's sizes ask for."""
-        try:
-            records = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-        except Exception as error:  # a damaged header is parsed as Python, with errors of many kinds
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path} is damaged or not a NumPy file: {type(error).__name__}: {reason}") from error
-        if records.ndim != 1 or records.dtype.names != dtype.names:
-            raise UserError(f"{path} is not a data set of this project: it holds {records.dtype} {records.shape}")
-        if records.dtype != dtype:
-            raise UserError(f"{path} does not fit {task}: it has {records.dtype.descr}, the task {dtype.descr}")
-        return records
-
-    def check_content(self, path: Path, records: np.ndarray, rows: int = 100_000) -> None:
-        """Raises UserError for values that are not finite and actions outside [-1, 1]; reads `rows` at a time."""
-        for first in range(0, len(records), rows):
-            part = records[first : first + rows]
-            for name in ("observation", "action", "reward"):
-                values = part[name] if name == "observation" else part[name][part["valid"]]
-                if not np.isfinite(values).all():
-                    raise UserError(f"{path}: {name} holds values that are not finite")
-                if name == "action" and len(values) and np.abs(values).max() > 1 + 1e-5:
-                    raise UserError(f"{path}: actions reach {np.abs(values).max():.3g}, but must be in [-1, 1]")
-
-    def sample(self, rng: np.random.Generator, batch_size: int) -> Batch:
-        """A batch [batch_size, ...]: every task is equally likely, and so is every transition of a task."""
-        task_ids = np.sort(rng.integers(len(self.records), size=batch_size, dtype=np.int32))
-        observations, next_observations = np.zeros((2, batch_size, self.observation_dim), np.float32)
-        actions = np.zeros((batch_size, self.action_dim), np.float32)
-        rewards, terminated = np.zeros((2, batch_size), np.float32)
-        for task in np.unique(task_ids):
-            rows, records = task_ids == task, self.records[task]
-            starts = rng.choice(self.starts[task], rows.sum())
-            now = records[starts]
-            size = now["observation"].shape[1]
-            observations[rows, :size] = now["observation"]
-            next_observations[rows, :size] = records["observation"][starts + 1]
-            actions[rows, : now["action"].shape[1]] = now["action"]
-            rewards[rows], terminated[rows] = now["reward"], now["terminated"]
-        return Batch(observations, actions, rewards, terminated, next_observations, task_ids)
-
-
-def returns_of(records: np.ndarray, discount: float, is_cut: bool) -> tuple[float, float]:
-    """Largest absolute discounted return (Eq. 2) and mean undiscounted return of the episodes in `records`.
-
-    After the end of an episode comes nothing if it terminated, else its mean reward for ever, as in the released code:
-    no critic is there yet to be asked (C.2). A piece that a stopped run leaves, shorter than the longest episode and
-    than the horizon 1 / (1 - discount), says too little about what would have come: nothing is added. The mean is
-    over whole episodes: terminated or as long as the longest, without the first where `is_cut` says that its beginning
-    is missing; over all pieces if none is whole.
-    """
-    valid = np.array(records["valid"])
-    rewards, terminated = records["reward"].astype(np.float64), np.array(records["terminated"])
-    ends = np.flatnonzero(~np.append(valid, False))
-    starts = np.append(0, ends[:-1] + 1)
-    longest = int((ends - starts).max())
-    largest, whole, pieces = float(np.abs(rewards[valid]).max(initial=0)), [], []
-    for start, end in zip(starts, ends, strict=True):
-        if end == start:
-            continue
-        episode = rewards[start:end]
-        returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
-        if not terminated[end - 1] and len(episode) >= min(longest, 1 / (1 - discount)):
-            returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
-        largest = max(largest, float(np.abs(returns).max()))
-        pieces.append(episode.sum())
-        if (terminated[end - 1] or len(episode) == longest) and not (is_cut and start == 0):
-            whole.append(episode.sum())
-    return largest, float(np.mean(whole or pieces))
-
-
-class Replay:
-    """What a checkpoint holds in place of replay: nothing. The data stay where they are."""
-
-    inserted, slots, valid = 0, 1, np.zeros((1, 1), bool)
-
-    def records(self, task: int, slots: np.ndarray) -> np.ndarray:
-        return np.zeros(len(slots), [("valid", "?")])
-
-    def load_records(self, task: int, slots: np.ndarray, records: np.ndarray) -> None:
-        pass
-
-
-# ------------------------------------------------------------------------------------------------------ networks
-
-orthogonal = nn.initializers.orthogonal(math.sqrt(2))
-
-
-# Copied from brc_sac_continuous.py
-class BroNet(nn.Module):
-    """BroNet (C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized dense layers."""
-
-    width: int
-    depth: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-        for _ in range(self.depth):
-            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
-        return x
-
-
-# Copied from brc_sac_continuous.py
-class Heads(nn.Module):
-    """A linear output; with num_heads > 1, one per task, of which each row takes its own (Yu et al., 2020)."""
-
-    features: int
-    num_heads: int
-    gain: float = math.sqrt(2)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
-            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
-            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
-
-        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
-        if self.num_heads == 1:
-            return x
-        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
-        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
-
-
-# Copied from brc_sac_continuous.py
-class Critic(nn.Module):
-    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
-
-    backbone: type[nn.Module]
-    width: int
-    depth: int
-    features: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
-
-
-# Copied from brc_sac_continuous.py
-class Actor(nn.Module):
-    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
-
-    width: int
-    depth: int
-    action_dim: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = BroNet(self.width, self.depth)(x)
-        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
-        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
-        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
-
-
-# Copied from brc_sac_continuous.py
-def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
-    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
-
-    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
-    """
-    noise = jax.random.normal(key, mean.shape)
-    x = mean + jnp.exp(log_std) * noise
-    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
-    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
-
-
-MIN_LOG_STD = -2.0  # of the likelihood that behavioral cloning maximizes
-
-
-def action_log_density(mean: jax.Array, log_std: jax.Array, mask: jax.Array, actions: jax.Array) -> jax.Array:
-    """Log-density [batch] of given actions [batch, |A|] under the tanh-Gaussian; see sample_action.
-
-    Actions at the bounds, which the data of a saturated policy hold, have no finite inverse of tanh: they count as
-    +-0.999. The standard deviation counts as at least exp(MIN_LOG_STD): that of a fresh actor is anywhere between e^-10
-    and e^2, and dividing by its square would let a few rows drown all others.
-    """
-    log_std = jnp.maximum(log_std, MIN_LOG_STD)
-    x = jnp.arctanh(jnp.clip(actions, -0.999, 0.999))
-    log_density = -0.5 * ((x - mean) / jnp.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))
-    return ((log_density - log_det_tanh) * mask).sum(-1)
-
-
-# --------------------------------------------------------------------------------------- categorical projection
-
-
-# Copied from brc_sac_continuous.py
-def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
-    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
-
-    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
-    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
-    a [batch, N, N] tensor is never built.
-    """
-    num_atoms = probs.shape[-1]
-    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
-    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
-    upper_share = position - lower
-    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
-    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
-    return projected.at[rows, lower + 1].add(probs * upper_share)
-
-
-# ----------------------------------------------------------------------------------------- agent state and update
-
-ENTROPY_RATE = 0.05  # of the running mean that estimates H_i of Eq. 4 from each batch's rows of task i
-MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
-
-
-class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
-
-    actor: Any
-    actor_optimizer: Any
-    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
-    critic_optimizer: Any
-    target_critic: Any
-    log_temperature: jax.Array
-    temperature_optimizer: Any
-    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
-    key: jax.Array
-
-
-class Agent(NamedTuple):
-    """The compiled functions of one agent; see make_agent."""
-
-    init: Any
-    act_deterministic: Any
-    update: Any
-    parameter_norm: Any
-
-
-def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None) -> Agent:
-    """The agent as pure functions of AgentState. One task takes the same path, without embedding.
-
-    action_dims: the tasks' own action sizes (default: action_dim for all); entropy and cloning count these only.
-    """
-    use_embedding = num_tasks > 1
-    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
-    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
-    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
-    atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
-    actor_network = Actor(args.actor_width, args.actor_depth, action_dim, 1)
-    critic_network = Critic(BroNet, args.critic_width, args.critic_depth, args.num_atoms, 1)
-    embedding_network = nn.Embed(num_tasks, args.embedding_size)
-    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
-    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
-    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
-
-    def init(seed: int) -> AgentState:
-        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + args.num_critics)
-        task_ids = jnp.zeros(1, jnp.int32)
-        conditioned_dim = observation_dim + args.embedding_size * use_embedding
-        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
-        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
-        critic_init = jax.jit(critic_network.init)
-        members = [critic_init(k, jnp.zeros((1, conditioned_dim + action_dim)), task_ids) for k in critic_keys]
-        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
-        if use_embedding:
-            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
-        # Nothing but the critic would hold the temperature back, and cloning does not listen to it: no entropy then.
-        log_temperature = jnp.log(jnp.float32(0 if args.bc_only else args.initial_temperature))
-        return AgentState(
-            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
-            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks), key,
-        )  # fmt: skip
-
-    def embed(critic, task_ids):
-        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
-        embedding = embedding_network.apply(critic["embedding"], task_ids)
-        order = 1 if args.embedding_norm == "l1" else 2
-        return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
-
-    def policy(actor, critic, observations, task_ids):
-        """Arguments of sample_action; the embedding is the critic's and gets no gradient from here (C.4)."""
-        if use_embedding:
-            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
-        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
-
-    def critic_outputs(critic, observations, actions, task_ids):
-        """Logits of every critic, [num_critics, batch, num_atoms]."""
-        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
-        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
-        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
-
-    def reward_scale(state, max_return):
-        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
-        entropy_bound = jnp.exp(state.log_temperature) * jnp.abs(state.entropy) / (1 - args.discount)
-        return args.v_max / jnp.maximum(max_return + entropy_bound, MIN_SCALE)
-
-    def critic_target(state, batch, max_return, key):
-        """Target distribution [batch, num_atoms] (C.2) and normalized rewards [batch]."""
-        next_observations, task_ids = batch.next_observations, batch.task_ids
-        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
-        discounts = args.discount * (1 - batch.terminated)
-        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
-        next_actions, next_log_probs = sample_action(key, *next_policy)
-        outputs = critic_outputs(state.target_critic, next_observations, next_actions, task_ids)
-        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
-        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
-        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, args.v_min, args.v_max), rewards
-
-    def critic_loss(critic, batch, target):
-        """Cross-entropy with the target distribution; mean over the batch, sum over critics."""
-        outputs = critic_outputs(critic, batch.observations, batch.actions, batch.task_ids)
-        return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
-
-    def actor_loss(actor, state, batch, key):
-        """Policy improvement over its mean |Q|, and cloning; see the top of the file."""
-        mean, log_std, mask = policy(actor, state.critic, batch.observations, batch.task_ids)
-        actions, log_probs = sample_action(key, mean, log_std, mask)
-        outputs = critic_outputs(state.critic, batch.observations, actions, batch.task_ids)
-        q = (nn.softmax(outputs) * atoms).sum(-1).mean(0)
-        q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
-        improvement = (jnp.exp(state.log_temperature) * log_probs - q).mean() / jnp.maximum(q_scale, 1e-6)
-        if args.bc_loss == "nll":
-            cloning = -action_log_density(mean, log_std, mask, batch.actions)
-        else:
-            cloning = (((jnp.tanh(mean) - batch.actions) * mask) ** 2).sum(-1)
-        cloning = (cloning / own_dims[batch.task_ids]).mean()
-        loss = cloning if args.bc_only else improvement + args.bc_coef * cloning
-        return loss, (log_probs, {"losses/improvement": improvement, "losses/cloning": cloning, "q/policy": q.mean()})
-
-    def update(state: AgentState, batch: Batch, max_return: jax.Array):
-        """Critic, target critic, actor, temperature, in this order. batch: [batch_size, ...]; max_return: G_i."""
-        key, critic_key, actor_key = jax.random.split(state.key, 3)
-        target, rewards = critic_target(state, batch, max_return, critic_key)
-        critic_value, gradient = jax.value_and_grad(critic_loss)(state.critic, batch, target)
-        critic_norm = optax.tree.norm(gradient)
-        step, optimizer = critic_optimizer.update(gradient, state.critic_optimizer, state.critic)
-        critic = optax.apply_updates(state.critic, step)
-        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
-        state = state._replace(key=key, critic=critic, critic_optimizer=optimizer, target_critic=target_critic)
-
-        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
-        (actor_value, (log_probs, parts)), gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
-        actor_norm = optax.tree.norm(gradient)
-        step, optimizer = actor_optimizer.update(gradient, state.actor_optimizer, state.actor)
-        state = state._replace(actor=optax.apply_updates(state.actor, step), actor_optimizer=optimizer)
-
-        entropy = -log_probs.mean()
-        rows = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
-        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(rows, 1)
-        task_entropy = jnp.where(rows > 0, state.entropy + ENTROPY_RATE * (task_entropy - state.entropy), state.entropy)
-
-        surplus = entropy - target_entropy[batch.task_ids].mean()
-        temperature_loss = lambda log_temperature: jnp.exp(log_temperature) * surplus  # noqa: E731
-        temperature_value, gradient = jax.value_and_grad(temperature_loss)(state.log_temperature)
-        step, optimizer = temperature_optimizer.update(gradient, state.temperature_optimizer)
-        state = state._replace(
-            log_temperature=state.log_temperature + step, temperature_optimizer=optimizer, entropy=task_entropy
-        )
-        q = (target * atoms).sum(-1)
-        metrics = {
-            "losses/critic": critic_value, "losses/actor": actor_value, "losses/temperature": temperature_value,
-            "gradient_norms/critic": critic_norm, "gradient_norms/actor": actor_norm, "policy/entropy": entropy,
-            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
-            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
-            "rewards/normalized_max_abs": jnp.abs(rewards).max(), **parts,
-        }  # fmt: skip
-        return state, metrics
-
-    def act_deterministic(actor, critic, observations, task_ids):
-        mean, _, mask = policy(actor, critic, observations, task_ids)
-        return jnp.tanh(mean) * mask
-
-    def parameter_norm(state: AgentState):
-        """Norm of all network parameters, finite if they all are."""
-        return optax.tree.norm((state.actor, state.critic, state.target_critic))
-
-    return Agent(init, jax.jit(act_deterministic), jax.jit(update, donate_argnums=0), jax.jit(parameter_norm))
-
-
-# Copied from brc_sac_continuous.py
-def parameter_count(tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-
 EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
 MAX_EPISODE_STEPS = 30_000  # a gym/ task registered without max_episode_steps may never end
 
 
-# Copied from brc_sac_continuous.py
 def eval_copies(num_tasks: int, episodes: int) -> int:
     """Copies of each task that evaluation steps at once: a divisor of `episodes`, so that none is played in vain."""
     return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
 
 
-# Copied from brc_sac_continuous.py
-def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list):
-    """Returns and successes of deterministic episodes, a list of [episodes] per task; None if `stop` fills meanwhile.
+def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> list[dict] | None:
+    """Means over whole episodes, a row of eval.csv per task, empty where a column has no meaning; None if `stop` fills
+    meanwhile.
 
-    Every copy of a task plays the same number of whole episodes, so that short episodes are not counted more often.
+    act: observations [size, |S|] and task_ids [size] to actions [size, |A|]. Every copy of a task plays the same number
+    of episodes, so that short ones are not counted more often.
     """
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
-    episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    length, done, observations = np.zeros(envs.size, int), np.zeros(envs.size, bool), envs.reset()
+    observations = envs.reset()
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop:
             return None
-        actions = np.asarray(agent.act_deterministic(state.actor, state.critic, observations, envs.task_ids))
-        envs.send(actions, resting=finished)
-        observations, rewards, terminated, truncated, success = envs.recv()
-        episode_return += np.where(done, 0, rewards)  # the step after done was a reset
-        episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
-        length = np.where(done | finished, 0, length + 1)
-        if length.max() > MAX_EPISODE_STEPS:
-            task = envs.tasks[envs.task_ids[length.argmax()]]
-            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
-        done = ~done & (terminated | truncated)
-        for row in np.flatnonzero(done):
-            if len(returns[row]) < quota[row]:
-                returns[row].append(episode_return[row])
-                successes[row].append(episode_success[row])
-        episode_return[done] = 0
-    return tuple([np.concatenate(values[rows]) for rows, _ in envs.rows] for values in (returns, successes))
+        envs.send(np.asarray(act(observations, envs.task_ids)), resting=finished)
+        step = envs.recv()
+        observations = step.observations
+        for row in np.flatnonzero(step.done & ~finished):
+            returns[row].append(envs.episode_return[row])
+            successes[row].append(envs.episode_success[row])
+    table = []
+    for task, (rows, _) in zip(envs.tasks, envs.rows, strict=True):
+        mean_return, success = np.mean(returns[rows]), np.mean(successes[rows])
+        score = normalized_score(task, mean_return, success)  # linear in both
+        table.append({
+            "task": task, "episodes": np.size(returns[rows]), "return": round(float(mean_return), 4),
+            "success": "" if np.isnan(success) else round(float(success), 5),
+            "score": "" if np.isnan(score) else round(float(score), 5),
+        })  # fmt: skip
+    return table
 
 
-# Copied from brc_sac_continuous.py
 def frame_renderer(env: gym.Env):
     """A function that returns an RGB frame [height, width, 3]; HumanoidBench's own fails on current Gymnasium."""
     if not hasattr(env.unwrapped, "robot"):
@@ -1181,11 +1318,26 @@ def frame_renderer(env: gym.Env):
     return render
 
 
-# Copied from brc_sac_continuous.py
-def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path, stop):
-    """One deterministic episode as mp4, every second frame; none if `stop` fills meanwhile."""
-    import imageio
+def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
+    """One deterministic episode of every task as RUN_DIR/videos/<task>-<step>.mp4, every second frame. act: as in
+    evaluate. What cannot be drawn is a warning."""
+    for task_id, task in enumerate(envs.tasks):
+        try:
+            frames = episode_frames(act, task, task_id, envs.observation_dim, run.stop)
+            if run.stop:
+                return
+            import imageio
 
+            path = run.directory / "videos" / f"{file_name(task)}-{run.step}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs
+                imageio.mimsave(path, frames, fps=30)
+        except Exception as error:  # a graphics library or a package for drawing may be missing
+            tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
+
+
+def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int, stop: list) -> list[np.ndarray]:
     env = make_env(task, render_mode="rgb_array")
     render, frames = frame_renderer(env), []
     observation, done = env.reset()[0], False
@@ -1196,50 +1348,32 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
             break
         padded = np.zeros((1, observation_dim), np.float32)
         padded[0, : len(observation)] = observation
-        action = np.asarray(agent.act_deterministic(state.actor, state.critic, padded, np.array([task_id])))[0]
+        action = np.asarray(act(padded, np.array([task_id])))[0]
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()
-    if stop:
-        return
-    path.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
-        imageio.mimsave(path, frames, fps=30)
+    return frames
 
 
-# --------------------------------------------------------------------------------------- logging and checkpoints
+# ======================================================================================================================
+# Part 3 of 3, the run: arguments, run directory, curves, progress, signals, checkpoints, resume, errors. The same in
+# all four scripts; part 1 says in SCRIPT, PACKAGES, RESUMABLE, RELEASED_CODE and AGGREGATES what differs.
+# ======================================================================================================================
 
-SCRIPT = "brc_offline_bc"
-PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
-RESUMABLE = {  # arguments that a resumed run may change
-    "total_updates", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
-    "wandb_project", "env_backend", "resume", "dataset",
-}  # fmt: skip
-LOG_EVERY = 500  # updates between TensorBoard points and checks for non-finite losses
+LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
 
 
-# Copied from brc_sac_continuous.py
-def file_name(task: str) -> str:
-    return task.replace("/", "-").replace(":", "-")
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
 
 
-# Copied from brc_sac_continuous.py
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that a crash or a full disk leaves the old one."""
-    partial_path = path.with_name(f".partial-{path.name}")
-    partial_path.write_text(text, newline="")
-    partial_path.replace(path)
-
-
-# Copied from brc_sac_continuous.py
 def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
-    args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
+    args = tyro.cli(Args, args=argv)
     if not args.resume:
         released = getattr(args, "variant", "paper") == "released-code"
-        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
+        return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -1255,14 +1389,232 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if changed:
         names = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise UserError(f"a resumed run cannot change {names}; start a new run instead")
+    return check_ranges(args)
+
+
+def check_ranges(args: Args) -> Args:
+    """Raises UserError for a number, also in a tuple, outside the interval that stands beside its field in Args."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        for interval in getattr(hint, "__metadata__", ()) if value is not None else ():
+            low, high = map(float, interval[1:-1].split(","))
+            for number in (value or (math.nan,)) if isinstance(value, tuple) else (value,):  # no tuple may be empty
+                inside = low <= number <= high and not (number == low and interval[0] == "(")
+                if not inside or (number == high and interval[-1] == ")"):
+                    raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
     return args
 
 
-# Copied from brc_sac_continuous.py
-def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
-    """What args.json holds besides the arguments."""
+def file_name(task: str) -> str:
+    return task.replace("/", "-").replace(":", "-")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that a crash or a full disk leaves the old one."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    partial_path.write_text(text, newline="")
+    partial_path.replace(path)
+
+
+class Run:
+    """A run directory, owned by one process: curves, progress, signals, checkpoints, resume. Use it in a `with`.
+
+    step, updates: vector steps (offline: batches) and gradient steps done so far. stop: filled by the first Ctrl-C or
+    SIGTERM, upon which the run writes a checkpoint and ends; a second signal ends the process at once.
+    """
+
+    def __init__(self, args: Args, name: str, total: int, unit: str = "step", experiment: str = ""):
+        if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
+            os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        self.args, self.total, self.unit, self.stop = args, total, unit, []
+        self.step, self.updates, self.last_evaluation, self.rows = 0, 0, -1, []
+        self.seconds, self.tensorboard, self.bar, self.wandb = 0.0, None, None, None
+        name = args.run_name or f"{file_name(name)}__{experiment or args.exp_name}__{args.seed}__{int(time.time())}"
+        self.directory = Path(args.resume) if args.resume else Path(args.run_root) / name
+        if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
+            go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
+            raise UserError(f"{self.directory} holds a run: {go_on}")
+        self.created = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
+        except BlockingIOError as error:
+            os.close(self.lock)
+            raise UserError(f"{self.directory} is in use by another process") from error
+        except OSError:  # a file system without locks
+            pass
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for part in (self.bar, self.tensorboard):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.lock is not None:
+            os.close(self.lock)
+        with contextlib.suppress(OSError):
+            for path in self.created:
+                path.rmdir()  # where nothing was written
+        if isinstance(error, FloatingPointError):
+            good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
+            last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+            raise UserError(f"not finite at step {self.step:,}: {error}; {last}") from error
+
+    def seeds(self) -> list[int]:
+        """Two seeds, of training and evaluation environments; a resumed run does not repeat its beginning."""
+        resumed_at = (checkpoint_steps(self.directory) or [0])[0]
+        return np.random.SeedSequence([self.args.seed, resumed_at]).generate_state(2).tolist()
+
+    def restore(self, state, replay=None) -> tuple[Any, dict | None]:
+        """With --resume the learner and counters of the newest undamaged checkpoint, and fills `replay`; else the given
+        state and None."""
+        if not self.args.resume:
+            return state, None
+        state, counters = load_checkpoint(self.directory, state, replay)
+        self.step, self.updates, self.seconds = counters["step"], counters["updates"], counters["wall_time"]
+        self.last_evaluation = counters["last_evaluation"]
+        if self.step > self.total or self.last_evaluation >= self.total:  # else its last evaluation is missing
+            longer = "--total-updates" if self.unit == "update" else "--total-timesteps"
+            raise UserError(f"{self.directory} is finished (step {self.step:,}); to go on, give a larger {longer}")
+        print(f"resumed {self.directory} at step {self.step:,}")
+        return state, counters
+
+    def start(self, **information) -> None:
+        """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
+        What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        information = {**asdict(self.args), **run_information(), **information}
+        replace_file(self.directory / "args.json", json.dumps(information, indent=2))
+        print(f"device: {information['device']}; run directory: {self.directory}")
+        if self.total == 0:
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda s, frame: (self.stop.append(s), signal.signal(s, signal.SIG_DFL)))
+        curve, rows = self.directory / "eval.csv", []
+        if curve.exists():
+            rows = [row for row in csv.DictReader(curve.open()) if None not in row.values()]  # whole ones
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, EVAL_COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= self.last_evaluation)
+        replace_file(curve, text.getvalue())
+        if self.args.track:
+            about = {"project": self.args.wandb_project, "name": self.directory.name, "id": self.directory.name}
+            try:
+                import wandb
+
+                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=information, **about)
+            except Exception as error:  # not installed, not logged in, no network
+                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
+                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1 if self.step else None)
+        quiet = 0.5 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=self.total, initial=self.step, unit=self.unit, mininterval=quiet)
+        self.started, self.logged = time.time() - self.seconds, (time.time(), self.step)
+        self.saved = self.step, self.last_evaluation
+
+    def evaluation_due(self) -> bool:
+        due = self.step % self.args.eval_every == 0 or self.step == self.total or self.last_evaluation < 0
+        return due and self.last_evaluation < self.step and not self.stop
+
+    def checkpoint_due(self) -> bool:
+        due = self.step % self.args.checkpoint_every == 0 or self.step == self.total or bool(self.stop)
+        return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
+
+    def over(self) -> bool:
+        return self.step == self.total or bool(self.stop)
+
+    def log_due(self) -> bool:
+        return self.step % LOG_EVERY == 0
+
+    def advance(self, updates: int) -> None:
+        """Counts a step with so many updates."""
+        self.step, self.updates = self.step + 1, self.updates + updates
+        self.bar.update()
+
+    def log(self, values: dict) -> None:
+        """Scalars and the speed since the last call. Raises FloatingPointError for a value that is not finite."""
+        check_finite(values)
+        now, (before, step) = time.time(), self.logged
+        speed = {f"speed/{self.unit}s_per_second": (self.step - step) / (now - before), "updates": self.updates}
+        self.scalars({**values, **speed})
+        self.logged = now, self.step
+
+    def scalars(self, values: dict) -> None:
+        """Points of this step in TensorBoard and W&B."""
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, float(value), self.step)
+        if self.wandb:
+            self.wandb.log({**values, "step": self.step})
+
+    def log_evaluation(self, rows: list[dict] | None) -> bool:
+        """Writes one row per task to eval.csv and shows the means; False if a signal cut the evaluation (rows None)."""
+        if rows is None:
+            return False
+        self.last_evaluation = self.step
+        counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.time() - self.started, 2)}
+        self.rows, values = [{**counts, **row} for row in rows], {}
+        with (self.directory / "eval.csv").open("a", newline="") as file:
+            csv.DictWriter(file, EVAL_COLUMNS).writerows(self.rows)
+        for column in ("return", "success", "score"):
+            if found := {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}:
+                totals = {name: float(mean(list(found.values()))) for name, mean in AGGREGATES.items()}
+                values |= {**found, **{f"eval/{name}_{column}": total for name, total in totals.items()}}
+                self.bar.set_postfix({column: f"{totals['mean']:.3f}"}, refresh=False)
+        self.scalars(values)
+        return True
+
+    def save(self, state, replay=None, **counters) -> None:
+        """Writes a checkpoint. Raises FloatingPointError, before anything is written, if a parameter is not finite."""
+        for leaf in jax.tree.leaves(state):
+            if leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
+                raise FloatingPointError("parameters")
+        counters |= {
+            "step": self.step, "updates": self.updates, "last_evaluation": self.last_evaluation,
+            "wall_time": time.time() - self.started,
+        }  # fmt: skip
+        try:
+            save_checkpoint(self.directory, self.step, state, replay, counters, self.args.keep_checkpoints)
+        except Exception as error:  # Orbax reports a full disk in exceptions of its own
+            if "No space left" not in str(error):
+                raise
+            shutil.rmtree(self.directory / "checkpoints" / f".partial-{self.step}", ignore_errors=True)
+            raise UserError(
+                f"disk full while writing the checkpoint of step {self.step:,}; earlier ones are whole: free space, "
+                f"then continue with --resume {self.directory}"
+            ) from error
+        self.saved = self.step, self.last_evaluation
+
+    def finish(self) -> None:
+        """Says how the run ended: the last evaluation, or how to go on."""
+        self.bar.close()
+        if self.stop and self.last_evaluation < self.total:
+            resume = f"; continue with --resume {self.directory}" if checkpoint_steps(self.directory) else ""
+            print(f"stopped at step {self.step:,}{resume}")
+            return
+        width = max([len(row["task"]) for row in self.rows], default=4)
+        print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
+        for row in self.rows:
+            print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
+        if scores := [row["score"] for row in self.rows if row["score"] != ""]:
+            for name, mean in AGGREGATES.items():
+                print(f"{name:<{width}} {'':>10} {'':>8} {mean(scores):>7.3f}")
+
+
+def check_finite(values: dict) -> None:
+    """Raises FloatingPointError that names the values that are not finite."""
+    if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+        raise FloatingPointError(", ".join(bad))
+
+
+def run_information() -> dict:
+    """Versions, device and commit, for args.json."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
@@ -1272,58 +1624,13 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
             versions[package] = version(package)
         except ImportError:
             versions[package] = None
-    env_info = {
-        "num_tasks": len(tasks), "task_names": tasks, "observation_dim": envs.observation_dim,
-        "action_dim": envs.action_dim, "observation_dims": envs.observation_dims, "action_dims": envs.action_dims,
-    }  # fmt: skip
-    device = jax.devices()[0].device_kind
-    return {"script": SCRIPT, "env_info": env_info, "versions": versions, "device": device, "git_commit": commit}
+    return {"script": SCRIPT, "versions": versions, "device": jax.devices()[0].device_kind, "git_commit": commit}
 
 
-# Copied from brc_sac_continuous.py
-class Logger:
-    """eval.csv, TensorBoard and, with --track, Weights & Biases. What came after a resume's checkpoint is dropped."""
-
-    def __init__(self, args: Args, run_dir: Path, step: int, last_evaluation: int):
-        self.csv = run_dir / "eval.csv"
-        rows = []
-        if self.csv.exists():
-            whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
-            rows = [row for row in whole_rows if int(row["step"]) <= last_evaluation]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, EVAL_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_file(self.csv, text.getvalue())
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
-        self.wandb = None
-        if args.track:
-            about = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name, "config": asdict(args)}
-            try:
-                import wandb
-
-                self.wandb = wandb.init(resume="allow", dir=str(run_dir), **about)
-            except Exception as error:  # not installed, not logged in, no network
-                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
-                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, float(value), step)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})
-
-    def evaluation(self, rows: list[dict]) -> None:
-        with self.csv.open("a", newline="") as file:
-            csv.DictWriter(file, EVAL_COLUMNS).writerows(rows)
-
-    def close(self) -> None:
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+def parameter_count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-# Copied from brc_sac_continuous.py
 def checksum(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
@@ -1332,9 +1639,13 @@ def checksum(path: Path) -> int:
     return crc
 
 
-# Copied from brc_sac_continuous.py
-def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay, counters: dict, keep: int) -> None:
-    """Writes checkpoints/<step>/: learner state (Orbax), replay, counters, and a checksum of every file.
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, newest first."""
+    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+
+
+def save_checkpoint(run_dir: Path, step: int, state, replay, counters: dict, keep: int) -> None:
+    """Writes checkpoints/<step>/: learner state (a NamedTuple, by Orbax), replay, counters, and every file's checksum.
 
     The directory is renamed into place when complete. Replay is written once: a checkpoint holds the slots since the
     previous one and hard links to the older pieces.
@@ -1348,36 +1659,15 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
-    first, files = 0, {}
-    if found := [s for s in checkpoint_steps(run_dir) if s < step]:
-        previous = root / str(found[0])
-        try:
-            known = read_counters(previous)["files"]
-        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
-            known = {}
-        for name in sorted(name for name in known if name.startswith("replay/")):
-            end = int(Path(name).stem.split("-")[1])
-            first = max(first, end)
-            if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
-                files[name] = known[name]  # its checksum when it was written: a new one would hide damage
-                try:
-                    os.link(previous / name, partial_path / name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(previous / name, partial_path / name)
-    first = max(first, replay.inserted - replay.slots + 1)
-    slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    with (partial_path / f"replay/{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
-        header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
-        for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
-            records = replay.records(task, slots)
-            if task == 0:
-                np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
-            piece.write(records)
+    files = {}
+    if replay is not None:
+        files = save_replay_piece(root, step, partial_path, replay)
+        counters["replay_inserted"] = replay.inserted
     for file in sorted(partial_path.rglob("*")):
         name = str(file.relative_to(partial_path))
         if file.is_file() and name not in files:
             files[name] = checksum(file)
-    contents = {**counters, "replay_inserted": replay.inserted, "files": files}
+    contents = {**counters, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
     shutil.rmtree(path, ignore_errors=True)
@@ -1386,13 +1676,37 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
         shutil.rmtree(root / str(old))
 
 
-# Copied from brc_sac_continuous.py
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, newest first."""
-    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict[str, int]:
+    """Links the previous checkpoint's pieces of replay into a new one and writes the slots since then as another.
+
+    Returns the checksums of the linked pieces: those of when they were written, as new ones would hide damage.
+    """
+    first, files = 0, {}
+    if found := [s for s in checkpoint_steps(root.parent) if s < step]:
+        previous = root / str(found[0])
+        try:
+            known = read_counters(previous)["files"]
+        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        for name in sorted(name for name in known if name.startswith("replay/")):
+            end = int(Path(name).stem.split("-")[1])
+            first = max(first, end)
+            if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
+                files[name] = known[name]
+                try:
+                    os.link(previous / name, partial_path / name)
+                except OSError:  # a file system without hard links
+                    shutil.copy2(previous / name, partial_path / name)
+    # with the slot at the head: it holds the last observation
+    numbers = np.arange(max(first, replay.inserted - replay.slots.shape[1] + 1), replay.inserted + 1)
+    with (partial_path / f"replay/{numbers[0]:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+        header = {"descr": replay.slots.dtype.descr, "fortran_order": False, "shape": (len(replay.slots), len(numbers))}
+        np.lib.format.write_array_header_1_0(piece, header)
+        for slots in replay.slots:  # one task at a time: a copy of the whole replay may not fit in memory
+            piece.write(slots[numbers % len(slots)])
+    return files
 
 
-# Copied from brc_sac_continuous.py
 def read_counters(path: Path) -> dict:
     """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
     counters = json.loads((path / "checkpoint.json").read_text())
@@ -1401,8 +1715,7 @@ def read_counters(path: Path) -> dict:
     return counters
 
 
-# Copied from brc_sac_continuous.py
-def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
+def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
@@ -1413,15 +1726,15 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
             with ocp.StandardCheckpointer() as checkpointer:
-                state = AgentState(**checkpointer.restore((path / "state").absolute(), state._asdict()))
-            for piece in sorted((path / "replay").iterdir()):
+                state = type(state)(**checkpointer.restore((path / "state").absolute(), state._asdict()))
+            for piece in sorted((path / "replay").iterdir()) if replay is not None else ():
+                ring, inserted = replay.slots.shape[1], counters["replay_inserted"]
                 first, last = map(int, piece.stem.split("-"))
-                keep = slice(max(first, counters["replay_inserted"] - replay.slots + 1) - first, None)
-                records = np.load(piece, mmap_mode="r", allow_pickle=False)[:, keep]
-                slots = np.arange(last + 1 - records.shape[1], last + 1) % replay.slots
-                for task in range(len(records)):
-                    replay.load_records(task, slots, records[task])
-            replay.inserted = counters["replay_inserted"]
+                saved = np.load(piece, mmap_mode="r", allow_pickle=False)[:, max(0, inserted - ring + 1 - first) :]
+                numbers = np.arange(last + 1 - saved.shape[1], last + 1) % ring
+                for slots, records in zip(replay.slots, saved, strict=True):
+                    slots[numbers] = records
+                replay.inserted = inserted
             for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
                 with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
                     damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
@@ -1432,165 +1745,6 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
     raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
 
 
-# ---------------------------------------------------------------------------------------------------------- main
-
-
-def main(args: Args) -> None:
-    """Trains one agent on the data of `args`; everything it writes is in its run directory."""
-    check_args(args)
-    tasks = dataset_tasks(args)
-    if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
-    run_name = args.run_name or f"{file_name(tasks[0])}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume) if args.resume else Path(args.run_root) / run_name
-    if not args.resume and (run_dir / "checkpoints").exists():
-        raise UserError(f"{run_dir} holds a run: continue it with --resume {run_dir}, or choose another --run-name")
-
-    envs = ParallelEnvs(tasks, eval_copies(len(tasks), args.eval_episodes), args.seed, args.env_backend)
-    if is_folder(args.dataset):
-        paths = [Path(args.dataset[0]) / f"{file_name(task)}.npy" for task in tasks]
-    else:
-        paths = [run_dir / "data" / f"{file_name(task)}.npy" for task in tasks]
-        for name, path in zip(args.dataset, paths, strict=True):
-            if not args.resume or not path.exists():
-                convert_minari(name, path)
-    data = Dataset(tasks, paths, envs, args.last_transitions, args.discount)
-    num_tasks, observation_dim, action_dim = len(tasks), envs.observation_dim, envs.action_dim
-    agent = make_agent(args, num_tasks, observation_dim, action_dim, envs.action_dims)
-    state = agent.init(args.seed)
-    rng = np.random.default_rng(args.seed)
-    step, wall_time, last_evaluation = 0, 0.0, -1
-    if args.resume:
-        state, counters = load_checkpoint(run_dir, state, Replay())
-        step, wall_time, last_evaluation = counters["step"], counters["wall_time"], counters["last_evaluation"]
-        rng.bit_generator.state = counters["rng"]
-        if step > args.total_updates or last_evaluation >= args.total_updates:  # else its last evaluation is missing
-            raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-updates")
-        print(f"resumed {run_dir} at step {step:,}")
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    returns = dict(zip(tasks, data.mean_return, strict=True))
-    information = {**asdict(args), **run_information(tasks, envs), "data_mean_return": returns}
-    replace_file(run_dir / "args.json", json.dumps(information, indent=2))
-    critic_size, actor_size = parameter_count([state.critic, state.target_critic]), parameter_count(state.actor)
-    print(f"tasks: {num_tasks}, |S| = {observation_dim}, |A| = {action_dim}; device: {information['device']}")
-    print(f"parameters: {critic_size:,} in critics and targets, {actor_size:,} in the actor; run directory: {run_dir}")
-    for task, starts in zip(tasks, data.starts, strict=True):
-        print(f"data: {task} {len(starts):,} transitions, mean return {returns[task]:.1f}")
-    if args.total_updates == 0:
-        envs.close()
-        return
-
-    stop: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
-        signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    logger = Logger(args, run_dir, step, last_evaluation)
-    started, saved, last_log = time.time() - wall_time, (step, last_evaluation), (time.time(), step)
-    rows, metrics = [], None
-    rng_state = rng.bit_generator.state
-    batch = data.sample(rng, args.batch_size)
-    bar = tqdm(total=args.total_updates, initial=step, unit="update", mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    with bar as progress:
-        while True:
-            if (step % args.eval_every == 0 or step == args.total_updates) and last_evaluation < step and not stop:
-                results = evaluate(agent, state, envs, args.eval_episodes, stop)
-                if results is not None:
-                    last_evaluation, wall_time = step, time.time() - started
-                    rows = evaluation_rows(tasks, results, step, step, wall_time)
-                    logger.evaluation(rows)
-                    values = {}
-                    for column in ("return", "success", "score"):
-                        found = {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}
-                        if found:
-                            values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
-                            progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
-                    logger.scalars(values, step)
-                    for task_id, task in enumerate(tasks if args.capture_video and not stop else []):
-                        path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
-                        try:
-                            record_video(agent, state, task, task_id, observation_dim, path, stop)
-                        except Exception as error:  # a graphics library or a package for drawing may be missing
-                            progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
-            due = step % args.checkpoint_every == 0 or step == args.total_updates or stop
-            if due and step > 0 and (step, last_evaluation) != saved:
-                check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
-                counters = {
-                    "step": step, "updates": step, "wall_time": time.time() - started,
-                    "last_evaluation": last_evaluation, "rng": rng_state,
-                }  # fmt: skip
-                try:
-                    save_checkpoint(run_dir, step, state, Replay(), counters, args.keep_checkpoints)
-                except Exception as error:  # Orbax reports a full disk in exceptions of its own
-                    if "No space left" not in str(error):
-                        raise
-                    shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
-                    raise UserError(
-                        f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
-                        f"then continue with --resume {run_dir}"
-                    ) from error
-                saved = step, last_evaluation
-            if step == args.total_updates or stop:
-                break
-
-            state, metrics = agent.update(state, batch, data.max_return)
-            rng_state = rng.bit_generator.state  # of the batch that comes next, which a resumed run draws again
-            batch = data.sample(rng, args.batch_size)  # while the device updates
-            jax.block_until_ready(metrics)
-            step += 1
-            progress.update()
-            if step % LOG_EVERY == 0:
-                check_finite(metrics, run_dir, step)
-                now = time.time()
-                speed = {"speed/updates_per_second": (step - last_log[1]) / (now - last_log[0])}
-                logger.scalars({**metrics, **speed}, step)
-                last_log = (now, step)
-
-    logger.close()
-    envs.close()
-    if stop and last_evaluation < args.total_updates:
-        print(f"stopped at step {step:,}" + f"; continue with --resume {run_dir}" * bool(checkpoint_steps(run_dir)))
-    else:
-        print_table(rows)
-
-
-# Copied from brc_sac_continuous.py
-def evaluation_rows(tasks: list[str], results, step: int, updates: int, wall_time: float) -> list[dict]:
-    """Rows of eval.csv, one per task; empty where a column has no meaning."""
-    rows = []
-    for task, returns, successes in zip(tasks, *results, strict=True):
-        score = normalized_score(task, returns.mean(), successes.mean())  # linear in both
-        rows.append({
-            "step": step, "updates": updates, "wall_time": round(wall_time, 2), "task": task, "episodes": len(returns),
-            "return": round(float(returns.mean()), 4),
-            "success": "" if np.isnan(successes.mean()) else round(float(successes.mean()), 5),
-            "score": "" if np.isnan(score) else round(float(score), 5),
-        })  # fmt: skip
-    return rows
-
-
-# Copied from brc_sac_continuous.py
-def print_table(rows: list[dict]) -> None:
-    """Last evaluation of every task."""
-    width = max([len(row["task"]) for row in rows], default=4)
-    print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
-    for row in rows:
-        print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
-    scores = [row["score"] for row in rows if row["score"] != ""]
-    if scores:
-        print(f"{'mean':<{width}} {'':>10} {'':>8} {np.mean(scores):>7.3f}")
-
-
-# Copied from brc_sac_continuous.py
-def check_finite(metrics: dict | None, run_dir: Path, step: int) -> None:
-    """Stops the run when a loss or gradient is not finite, before it could reach a checkpoint."""
-    bad = [name for name, value in (metrics or {}).items() if not np.isfinite(value)]
-    if bad:
-        last = checkpoint_steps(run_dir)[:1]
-        good = f"the last good checkpoint is {run_dir}/checkpoints/{last[0]}" if last else "there is no checkpoint yet"
-        raise UserError(f"not finite at step {step:,}: {', '.join(bad)}; {good}")
-
-
 if __name__ == "__main__":
     try:
         main(parse_args())
@@ -1599,7 +1753,7 @@ if __name__ == "__main__":
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-            message = "out of memory: lower --critic-width or --batch-size"
+            message = "out of memory: lower the width, --batch-size or, online, --buffer-size"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -9,24 +9,25 @@
 """SAC+BRC: one soft actor-critic agent for one or many continuous-control tasks, in one file.
 
 "Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners"
-(Nauman et al., 2025, arXiv:2505.23150). What this file computes, in the paper's notation, for task i:
+(Nauman et al., 2025, arXiv:2505.23150), on SAC (Haarnoja et al., 2018). What this file computes, for task i:
 
   support          z_j = V_min + (j - 1) (V_max - V_min) / (N_atoms - 1)                                (Eq. 1)
-  normalization    G_i <- max(max_t |G_i(s_t)|, G_i) over the returns of every finished episode         (Eq. 2)
-                   r_i <- r_i V_max / (G_i + lambda_i),  lambda_i = alpha H_i / (1 - gamma)             (Eq. 3, 4)
+  normalization    Gbar_i <- max(Gbar_i, |r_t|) at once, max(Gbar_i, max_t |G_i(s_t)|) at an episode's end   (Eq. 2)
+                   r_i <- r_i V_max / (Gbar_i + lambda_i),  lambda_i = alpha |H_i| / (1 - gamma)        (Eq. 3, 4)
   critic target    p = mean over both target critics of p_k(s', a'),  a' ~ pi(s')                       (C.1)
-                   y = projection onto z of  r + gamma (1 - terminated) (z - alpha log pi(a'|s'))       (C.2)
+                   y = projection onto z of  r + gamma (1 - terminated) (z - alpha log pi(a'|s'))       (B, C.2)
   critic loss      sum over critics k of the cross-entropy of p_k(s, a) with y                          (Section 3)
   actor loss       alpha log pi(a|s) - mean over critics of E_{z ~ p_k(s, a)}[z],  a ~ pi(s)            (B)
-  temperature      alpha (H(pi) - H_target),  H_target = -|A| / 2                                       (Table 3)
-  task embedding   e_i / |e_i|_1, appended to the state; learned from the critic loss only              (C.4)
+  temperature      one alpha for all tasks: alpha (mean H(pi) - mean H_target),  H_target = -|A_i| / 2  (SAC)
+  task embedding   e_i / |e_i|_1, appended to the inputs; learned from the critic loss only             (C.4)
   target critic    theta_target <- (1 - tau) theta_target + tau theta, after every update               (Table 3)
 
+Observations and actions are padded with zeros to the widest task's; actions are in [-1, 1] and are not repeated.
 Critic: BroNet (C.3, Figure 13), 2 blocks of width 4096, about 256M parameters with targets (Table 1).
 
   python brc_sac_continuous.py --env-ids dmc/cartpole-swingup --critic-width 256        # one task
   python brc_sac_continuous.py --env-ids metaworld/reach dmc/walker-walk gym/Pendulum-v1  # any mix, one agent
-  python brc_sac_continuous.py --suite hb-hard --seed 1                                  # the paper's experiment
+  python brc_sac_continuous.py --suite hb-hard --seed 1                                  # the paper's HB-Hard
   python brc_sac_continuous.py --resume runs/RUN                                         # continue a stopped run
 """
 
@@ -54,7 +55,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import flax.linen as nn
 import gymnasium as gym
@@ -67,17 +68,28 @@ import tyro
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit status 2."""
+# ======================================================================================================================
+# Part 1 of 3, the algorithm. Who stops reading at its end has read all of BRC: arguments, networks, projection, return
+# normalization, agent, replay, main; then diagnostics. Part 2: tasks and environments. Part 3: the run.
+# ======================================================================================================================
 
+SCRIPT = "brc_sac_continuous"
+PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
+AGGREGATES = {"mean": np.mean}  # over tasks, of an evaluation
 
-# ---------------------------------------------------------------------------------------------------- arguments
+PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
+NonNegativeInt = Annotated[int, "[0, inf)"]
+NonNegativeFloat = Annotated[float, "[0, inf)"]
 
 
 @dataclass
 class Args:
-    """SAC+BRC (Nauman et al., 2025). Defaults are the paper's, Table 3."""
+    """SAC+BRC (Nauman et al., 2025). Defaults are Table 3's where it has the value."""
 
     env_ids: tuple[str, ...] = ()
     """tasks of one agent, as family/task: dmc/dog-run metaworld/assembly humanoidbench/h1-walk gym/Pendulum-v1"""
@@ -86,10 +98,10 @@ class Args:
     one, such as metaworld-pretrain and metaworld-transfer; see --list-tasks"""
     list_tasks: bool = False
     """print all tasks and suites and the packages that they lack, and exit"""
-    seed: int = 1
+    seed: Annotated[int, "[0, 2147483648)"] = 1
     """seed of networks, exploration, replay sampling and environments"""
-    exp_name: str = "brc_sac_continuous"
-    """name of the experiment, part of the run's name"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's name (default: the file's, so that a renamed copy is its own)"""
     run_name: str | None = None
     """name of the run directory (default: {suite or first task}__{exp_name}__{seed}__{unix time})"""
     run_root: str = "runs"
@@ -99,17 +111,18 @@ class Args:
     checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """envpool steps dmc/ and metaworld/ tasks fastest; gymnasium is the reference and runs every family"""
-    total_timesteps: int | None = None
-    """environment steps per task (default: the suite's in Section 4, else 1,000,000); 0 builds everything and exits"""
-    learning_starts: int = 5_000
-    """uniformly random steps per task before the first update"""
-    eval_every: int = 25_000
+    total_timesteps: Annotated[int | None, "[0, inf)"] = None
+    """environment steps per task, those that reset an environment included (default: the suite's in Section 4, else
+    1,000,000); 0 builds everything and exits"""
+    learning_starts: PositiveInt = 5_000
+    """uniformly random steps per task before the first update (the released code's)"""
+    eval_every: PositiveInt = 25_000
     """environment steps per task between evaluations"""
-    eval_episodes: int = 10
+    eval_episodes: PositiveInt = 10
     """evaluation episodes per task, actions at the policy's mean"""
-    checkpoint_every: int = 100_000
+    checkpoint_every: PositiveInt = 100_000
     """environment steps per task between checkpoints; one more is written at the end and when stopped"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep"""
     save_replay: bool = False
     """write all transitions to RUN_DIR/replay/, one .npy file per task, when the run ends or is stopped"""
@@ -122,46 +135,47 @@ class Args:
     wandb_project: str = "brc"
     """Weights & Biases project"""
 
-    discount: float = 0.99
+    discount: Annotated[float, "[0, 1)"] = 0.99
     """gamma (Table 3)"""
-    batch_size: int | None = None
-    """transitions per update, over all tasks (default: 1024 with several tasks, Table 3; 256 with one: Section 4
-    multiplies the backbone's batch by 4 for multi-task learning)"""
-    utd: int = 2
+    batch_size: Annotated[int | None, "[1, inf)"] = None
+    """transitions per update, over all tasks (default: 1024 with several tasks, Table 3; 256 with one, as in the
+    released code: Section 4 multiplies by 4 for multi-task learning, though Appendix D applies Table 3 to both)"""
+    utd: PositiveInt = 2
     """updates per vector step, one step of every task (Table 3)"""
-    buffer_size: int = 1_000_000
-    """replay capacity per task (Table 3)"""
-    polyak_tau: float = 5e-3
+    buffer_size: Annotated[int, "[9, inf)"] = 1_000_000
+    """replay capacity per task (Table 3); a ring of fewer than 9 slots could hold nothing but resets"""
+    polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 3)"""
-    actor_lr: float = 3e-4
+    actor_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the actor (Table 3)"""
-    critic_lr: float = 3e-4
+    critic_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the critic and the task embeddings (Table 3)"""
-    temperature_lr: float = 3e-4
-    """Adam (b1 = 0.5) learning rate of the temperature (Table 3)"""
-    weight_decay: float = 1e-4
+    temperature_lr: NonNegativeFloat = 3e-4
+    """learning rate of the temperature (Table 3), by Adam with b1 = 0.5 as in the released code"""
+    weight_decay: NonNegativeFloat = 1e-4
     """AdamW weight decay (Table 3)"""
-    initial_temperature: float = 0.1
+    initial_temperature: Annotated[float, "[1e-12, inf)"] = 0.1
     """alpha at the start (Table 3)"""
-    target_entropy: float | None = None
-    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, Table 3)"""
-    num_atoms: int = 101
+    target_entropy: Annotated[float | None, "(-inf, inf)"] = None
+    """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, as in the released code
+    and BRO; Table 3 prints |A|/2)"""
+    num_atoms: Annotated[int, "[2, inf)"] = 101
     """atoms of the categorical critic (Table 3)"""
-    v_min: float = -10.0
+    v_min: Annotated[float, "(-inf, 0]"] = -10.0
     """lowest atom (Table 3)"""
-    v_max: float = 10.0
-    """highest atom (Table 3), and the bound of normalized returns (Eq. 3)"""
+    v_max: Annotated[float, "(0, inf)"] = 10.0
+    """highest atom (Table 3), to which Eq. 3 scales the largest return"""
     critic_arch: Literal["bronet", "simba", "mlp"] = "bronet"
     """critic architecture: BroNet (C.3), SimBa (running statistics, pre-norm blocks) or a ReLU MLP (Figure 4)"""
-    critic_width: int = 4096
+    critic_width: PositiveInt = 4096
     """hidden units (Table 3; the sizes of Table 1 are 256 ... 8192)"""
-    critic_depth: int = 2
+    critic_depth: NonNegativeInt = 2
     """residual blocks (bronet, simba) or hidden layers (mlp) (Table 3)"""
-    num_critics: int = 2
+    num_critics: PositiveInt = 2
     """critics in the ensemble; targets average them, no clipped double Q (C.1)"""
-    actor_width: int = 256
+    actor_width: PositiveInt = 256
     """hidden units of the BroNet actor (Table 3)"""
-    actor_depth: int = 1
+    actor_depth: NonNegativeInt = 1
     """residual blocks of the BroNet actor (Table 3)"""
     critic_loss: Literal["ce", "mse"] = "ce"
     """categorical cross-entropy (C.2) or mean squared error on a scalar critic (Figure 3)"""
@@ -169,7 +183,7 @@ class Args:
     """divide rewards by the largest return seen in their task (Eq. 2-4)"""
     task_conditioning: Literal["embedding", "heads"] = "embedding"
     """with several tasks: learned embeddings (C.4) or one output head per task in actor and critic (Figure 5)"""
-    embedding_size: int = 32
+    embedding_size: PositiveInt = 32
     """task embedding size (Table 3)"""
     variant: Literal["paper", "released-code"] = "paper"
     """where the paper and the authors' released code differ: released-code
@@ -183,38 +197,663 @@ class Args:
     """lambda of Eq. 3: alpha |H_i| / (1 - gamma) (Eq. 4 has H_i), or alpha (|A|/4) / (1 - gamma) as in the code"""
 
 
-RELEASED_CODE = {  # --variant released-code
+RELEASED_CODE = {  # defaults under --variant released-code: parse_args in part 3 takes them before the command line
     "variant": "released-code", "embedding_norm": "l2", "truncation_bootstrap": "mean-reward",
     "entropy_correction": "constant",
 }  # fmt: skip
-POSITIVE = {  # smallest allowed value of every number, checked before anything is built
-    "total_timesteps": 0, "learning_starts": 1, "eval_every": 1, "eval_episodes": 1, "checkpoint_every": 1,
-    "keep_checkpoints": 1, "batch_size": 1, "utd": 1, "buffer_size": 9, "num_atoms": 2, "critic_width": 1,
-    "critic_depth": 0, "num_critics": 1, "actor_width": 1, "actor_depth": 0, "embedding_size": 1, "seed": 0,
-    "actor_lr": 0.0, "critic_lr": 0.0, "temperature_lr": 0.0, "weight_decay": 0.0, "polyak_tau": 0.0,
-    "initial_temperature": 1e-12,
+RESUMABLE = {  # arguments that a resumed run may change
+    "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "save_replay",
+    "capture_video", "log_task_statistics", "track", "wandb_project", "env_backend", "resume",
 }  # fmt: skip
 
 
-def check_args(args: Args) -> None:
-    """Raises UserError for a number outside its range."""
-    for name, smallest in POSITIVE.items():
-        value = getattr(args, name)
-        if value is not None and not (smallest <= value < math.inf):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {smallest}")
-    if not 0 <= args.discount < 1:
-        raise UserError(f"--discount {args.discount}: must be in [0, 1)")
-    if args.polyak_tau > 1:
-        raise UserError(f"--polyak-tau {args.polyak_tau}: must be in [0, 1]")
-    if not -math.inf < args.v_min < args.v_max < math.inf or args.v_max <= 0:
-        raise UserError(f"--v-min {args.v_min} --v-max {args.v_max}: need v_min < v_max and v_max > 0")
-    if args.target_entropy is not None and not math.isfinite(args.target_entropy):
-        raise UserError(f"--target-entropy {args.target_entropy}: must be a finite number")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed {args.seed}: must be below 2^31")
+# ------------------------------------------------------------------------------------------------------------- networks
+
+orthogonal = nn.initializers.orthogonal(math.sqrt(2))
 
 
-# ---------------------------------------------------------------------------------------------- tasks and suites
+class BroNet(nn.Module):
+    """BroNet (Nauman et al., 2024; C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized
+    dense layers."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        for _ in range(self.depth):
+            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+        return x
+
+
+class SimBa(nn.Module):
+    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x inverted bottleneck; its input is normalized by
+    running statistics, of the sampled batches, which the agent keeps."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(1.0))(x)
+        for _ in range(self.depth):
+            y = nn.Dense(4 * self.width, kernel_init=nn.initializers.he_normal())(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(nn.relu(y))
+        return nn.LayerNorm()(x)
+
+
+class MLP(nn.Module):
+    """The vanilla SAC network: `depth` ReLU layers."""
+
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(self.depth):
+            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal)(x))
+        return x
+
+
+class Heads(nn.Module):
+    """A linear output; with num_heads > 1, one per task, of which each row takes its own (multi-head SAC: Yu et al.,
+    2020, Meta-World)."""
+
+    features: int
+    num_heads: int
+    gain: float = math.sqrt(2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
+            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
+            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
+
+        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
+        if self.num_heads == 1:
+            return x
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
+        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
+
+
+class Critic(nn.Module):
+    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
+
+    backbone: type[nn.Module]
+    width: int
+    depth: int
+    features: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
+        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
+
+    width: int
+    depth: int
+    action_dim: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = BroNet(self.width, self.depth)(x)
+        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
+        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
+        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))  # the range is BRO's and the released code's
+
+
+def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
+    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
+
+    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
+    """
+    noise = jax.random.normal(key, mean.shape)
+    x = mean + jnp.exp(log_std) * noise
+    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
+    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------- categorical projection
+
+
+def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
+    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
+
+    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
+    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
+    a [batch, N, N] tensor is never built.
+    """
+    num_atoms = probs.shape[-1]
+    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
+    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
+    upper_share = position - lower
+    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
+    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
+    return projected.at[rows, lower + 1].add(probs * upper_share)
+
+
+# ------------------------------------------------------------------------------------------------- return normalization
+
+
+class ReturnNormalizer:
+    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
+
+    max_return is G_i (Gbar_i above). It covers |r| at once, which is not in the paper, as a reward enters the replay
+    before its episode ends; and returns when the episode ends, with zero after the end if it terminated, the given
+    bootstrap value if it was truncated. With a bootstrap of at most G_i in magnitude, G_i <= max |r| / (1 - discount)
+    by induction: |r| + discount G_i keeps the bound.
+    """
+
+    def __init__(self, num_tasks: int, discount: float):
+        self.max_return = np.zeros(num_tasks, np.float32)
+        self.discount = discount
+        self.episodes: list[list[float]] = [[] for _ in range(num_tasks)]
+
+    def update(self, rewards, terminated, truncated, valid, bootstrap=None) -> None:
+        """One step of every task, each [num_tasks]; valid is False where it was a reset (next-step autoreset).
+        bootstrap: value of the final observation in units of reward, used where truncated; None takes the episode's
+        mean reward / (1 - discount), as the released code does."""
+        # a new array: an update in flight may still read the old one
+        self.max_return = np.where(valid, np.maximum(self.max_return, np.abs(rewards)), self.max_return)
+        for task in np.flatnonzero(valid):
+            self.episodes[task].append(float(rewards[task]))
+            if not (terminated[task] or truncated[task]):
+                continue
+            episode, self.episodes[task] = self.episodes[task], []
+            value = 0.0
+            if truncated[task]:
+                value = np.mean(episode) / (1 - self.discount) if bootstrap is None else float(bootstrap[task])
+            for reward in reversed(episode):
+                value = reward + self.discount * value
+                self.max_return[task] = max(self.max_return[task], abs(value))
+
+    def named(self, tasks: list[str]) -> dict[str, float]:
+        """G_i for TensorBoard."""
+        return {f"normalizer/{task}": g for task, g in zip(tasks, self.max_return, strict=True)}
+
+
+# ----------------------------------------------------------------------------------------------- agent state and update
+
+ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 is a running mean, from 0 on, over each batch's entries of task i
+MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
+
+
+class RunningStatistics(NamedTuple):
+    """Mean and variance of observations [|S|], for SimBa's input normalization."""
+
+    count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+class AgentState(NamedTuple):
+    """Everything that learning changes, on the device."""
+
+    actor: Any  # parameters; *_optimizer: the optimizer's state
+    actor_optimizer: Any
+    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic_optimizer: Any
+    target_critic: Any  # as critic, its own averaged embedding included
+    log_temperature: jax.Array  # one alpha for all tasks
+    temperature_optimizer: Any
+    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
+    statistics: RunningStatistics
+    key: jax.Array
+
+
+class Agent(NamedTuple):
+    """The functions of one agent, see make_agent: act to update are compiled, those after update serve diagnostics."""
+
+    init: Callable
+    act: Callable
+    act_deterministic: Callable
+    value: Callable
+    update: Callable
+    embed: Callable
+    critic_target: Callable
+    critic_loss: Callable
+    actor_loss: Callable
+
+
+def make_agent(
+    args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None, use_embedding=None
+) -> Agent:
+    """The agent as pure functions of AgentState. One task takes the same path, without embedding or extra heads.
+
+    action_dims: the tasks' own action sizes (default: action_dim for all). Entropy counts, and its target is set by,
+    the dimensions that a task has; those added by padding would otherwise hold entropy that its real actions lack.
+    use_embedding: whether inputs hold a task embedding (default: with several tasks, unless they have heads; transfer
+    gives one task an embedding, too). All batches are as Batch says, below.
+    """
+    if use_embedding is None:
+        use_embedding = num_tasks > 1 and args.task_conditioning == "embedding"
+    num_heads = num_tasks if num_tasks > 1 and args.task_conditioning == "heads" else 1
+    categorical = args.critic_loss == "ce"
+    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
+    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
+    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
+    atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
+    actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
+    critic_outputs_dim = args.num_atoms if categorical else 1
+    backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[args.critic_arch]
+    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
+    embedding_network = nn.Embed(num_tasks, args.embedding_size)
+    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
+    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
+    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
+
+    def init(seed: int) -> AgentState:
+        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + args.num_critics)
+        task_ids = jnp.zeros(1, jnp.int32)
+        conditioned_dim = observation_dim + args.embedding_size * use_embedding
+        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
+        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
+        critic_init = jax.jit(critic_network.init)
+        members = [critic_init(k, jnp.zeros((1, conditioned_dim + action_dim)), task_ids) for k in critic_keys]
+        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
+        if use_embedding:
+            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
+        log_temperature = jnp.log(jnp.float32(args.initial_temperature))
+        return AgentState(
+            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
+            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks),
+            RunningStatistics(jnp.zeros(()), jnp.zeros(observation_dim), jnp.ones(observation_dim)), key,
+        )  # fmt: skip
+
+    def embed(critic, task_ids):
+        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
+        embedding = embedding_network.apply(critic["embedding"], task_ids)
+        order = 1 if args.embedding_norm == "l1" else 2
+        return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
+
+    def policy(actor, critic, observations, task_ids):
+        """Mean, log standard deviation and action mask, each [batch, |A|]. The embedding is the critic's, without
+        gradient: only the critic's loss trains it (Section 3, C.4)."""
+        if use_embedding:
+            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
+        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
+
+    def critic_outputs(critic, statistics, observations, actions, task_ids):
+        """Outputs of every critic, [num_critics, batch, num_atoms or 1]."""
+        if args.critic_arch == "simba":
+            observations = (observations - statistics.mean) / jnp.sqrt(statistics.variance + 1e-8)
+        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
+        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
+        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
+
+    def q_values(outputs):
+        """Expected return, mean over critics (C.1): [num_critics, batch, ...] to [batch]."""
+        values = (nn.softmax(outputs) * atoms).sum(-1) if categorical else outputs.squeeze(-1)
+        return values.mean(0)
+
+    def reward_scale(state, max_return):
+        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4).
+
+        H_i is negative where the policy reaches its target entropy -|A|/2, and Eq. 4 as printed could flip the sign of
+        Eq. 3; hence |H_i|. As G_i >= |r|, a normalized reward never exceeds V_max. A soft return can, unlike C.2 says:
+        lambda_i is added in units of reward, while the entropy bonus enters the target in units of V_max. The
+        projection clips the excess.
+        """
+        if not args.normalize_returns:
+            return jnp.ones(num_tasks)
+        temperature = jnp.exp(state.log_temperature)
+        entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else own_dims / 4
+        return args.v_max / jnp.maximum(max_return + temperature * entropy / (1 - args.discount), MIN_SCALE)
+
+    def critic_target(state, batch, max_return, key):
+        """Target distribution [batch, num_atoms] (C.2, with the entropy term of B's soft value), or target value
+        [batch] with MSE, and normalized rewards. The policy takes the online embedding, the target critic its own."""
+        next_observations, task_ids = batch.next_observations, batch.task_ids
+        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
+        discounts = args.discount * (1 - batch.terminated)
+        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
+        next_actions, next_log_probs = sample_action(key, *next_policy)
+        outputs = critic_outputs(state.target_critic, state.statistics, next_observations, next_actions, task_ids)
+        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
+        if not categorical:
+            return rewards + discounts * (q_values(outputs) + entropy_bonus), rewards
+        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
+        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, args.v_min, args.v_max), rewards
+
+    def critic_loss(critic, state, batch, target):
+        """Cross-entropy with the target distribution, or squared error; mean over the batch, sum over critics."""
+        outputs = critic_outputs(critic, state.statistics, batch.observations, batch.actions, batch.task_ids)
+        if categorical:
+            return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
+        return ((outputs.squeeze(-1) - target) ** 2).mean(-1).sum()
+
+    def actor_loss(actor, state, batch, key):
+        """Soft policy improvement, alpha log pi - Q, and the log-densities [batch]."""
+        actions, log_probs = sample_action(key, *policy(actor, state.critic, batch.observations, batch.task_ids))
+        q = q_values(critic_outputs(state.critic, state.statistics, batch.observations, actions, batch.task_ids))
+        return (jnp.exp(state.log_temperature) * log_probs - q).mean(), log_probs
+
+    def update_statistics(statistics, observations):
+        """Chan et al.'s parallel mean and variance."""
+        count = statistics.count + len(observations)
+        delta = observations.mean(0) - statistics.mean
+        mean = statistics.mean + delta * len(observations) / count
+        squares = statistics.variance * statistics.count + observations.var(0) * len(observations)
+        squares += delta**2 * statistics.count * len(observations) / count
+        return RunningStatistics(count, mean, squares / count)
+
+    def update_once(state: AgentState, batch: Batch, max_return: jax.Array):
+        """Critic, target critic, actor, temperature, in this order."""
+        key, critic_key, actor_key = jax.random.split(state.key, 3)
+        state = state._replace(key=key)
+        if args.critic_arch == "simba":
+            state = state._replace(statistics=update_statistics(state.statistics, batch.observations))
+
+        target, rewards = critic_target(state, batch, max_return, critic_key)
+        critic_loss_value, critic_gradient = jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
+        changes, opt_state = critic_optimizer.update(critic_gradient, state.critic_optimizer, state.critic)
+        critic = optax.apply_updates(state.critic, changes)
+        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
+        state = state._replace(critic=critic, critic_optimizer=opt_state, target_critic=target_critic)
+
+        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
+        (actor_loss_value, log_probs), actor_gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
+        changes, opt_state = actor_optimizer.update(actor_gradient, state.actor_optimizer, state.actor)
+        state = state._replace(actor=optax.apply_updates(state.actor, changes), actor_optimizer=opt_state)
+
+        counts = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
+        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(counts, 1)
+        moved = state.entropy + ENTROPY_RATE * (task_entropy - state.entropy)
+        state = state._replace(entropy=jnp.where(counts > 0, moved, state.entropy))
+
+        entropy = -log_probs.mean()
+        temperature_loss = jnp.exp(state.log_temperature) * (entropy - target_entropy[batch.task_ids].mean())
+        gradient = temperature_loss  # in log alpha, of which alpha is its own derivative
+        changes, opt_state = temperature_optimizer.update(gradient, state.temperature_optimizer)
+        log_temperature = state.log_temperature + changes
+        state = state._replace(log_temperature=log_temperature, temperature_optimizer=opt_state)
+        q = (target * atoms).sum(-1) if categorical else target
+        metrics = {
+            "losses/critic": critic_loss_value, "losses/actor": actor_loss_value,
+            "losses/temperature": temperature_loss, "gradient_norms/critic": optax.tree.norm(critic_gradient),
+            "gradient_norms/actor": optax.tree.norm(actor_gradient), "policy/entropy": entropy,
+            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
+            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
+            "rewards/normalized_max_abs": jnp.abs(rewards).max(),
+        }  # fmt: skip
+        return state, metrics
+
+    def update(state: AgentState, batches: Batch, max_return: jax.Array):
+        """The utd updates of one vector step, one compiled call, and the last one's metrics. batches: [utd, batch_size,
+        ...]; max_return: G_i."""
+        for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
+            state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
+        return state, metrics
+
+    def act(actor, critic, key, step, observations, task_ids):
+        """Sampled actions [batch, |A|]."""
+        return sample_action(jax.random.fold_in(key, step), *policy(actor, critic, observations, task_ids))[0]
+
+    def act_deterministic(actor, critic, observations, task_ids):
+        mean, _, mask = policy(actor, critic, observations, task_ids)
+        return jnp.tanh(mean) * mask
+
+    def value(state: AgentState, observations, max_return):
+        """Critic's value of one observation per task at the policy's mean action, in units of reward, [tasks].
+
+        Undoes Eq. 3 by G_i / V_max and clips, so that the tail of a return never exceeds G_i (C.2 does not say how). By
+        (G_i + lambda_i) / V_max, a truncation could raise G_i by about lambda_i, again and again, as it never falls:
+        on dmc/dog-walk it ran away.
+        """
+        task_ids = jnp.arange(len(observations))
+        actions = act_deterministic(state.actor, state.critic, observations, task_ids)
+        q = q_values(critic_outputs(state.critic, state.statistics, observations, actions, task_ids))
+        return jnp.clip(q / args.v_max, -1, 1) * max_return if args.normalize_returns else q
+
+    return Agent(
+        init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0), embed,
+        critic_target, critic_loss, actor_loss,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+class Batch(NamedTuple):
+    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+
+    observations: np.ndarray  # [..., |S|]
+    actions: np.ndarray  # [..., |A|]
+    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
+    terminated: np.ndarray  # [...], True if the episode terminated here; truncation does not cut the bootstrap
+    next_observations: np.ndarray  # [..., |S|]
+    task_ids: np.ndarray  # [...]
+
+
+def record_type(observation_dim: int, action_dim: int) -> np.dtype:
+    """One slot of replay, and one record of what is written to disk: an observation and what was done there; its next
+    observation is the next slot's.
+
+    Environments reset on the step after an episode's end and ignore that step's action (next-step autoreset, as in
+    envpool and Gymnasium). Here an episode of two steps ends and the next one begins:
+
+      slot           0      1      2           3      4
+      observation    s_0    s_1    s_2, last   s'_0   s'_1
+      action         a_0    a_1    ignored     a'_0   a'_1
+      reward         r_0    r_1    0           r'_0   r'_1
+      valid          yes    yes    no          yes    yes
+
+    The transition of slot 1 ends in s_2, where the bootstrap of a truncated episode is taken. Slot 2 is the step that
+    reset: it is not valid, no transition, never learned from.
+    """
+    return np.dtype([
+        ("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
+        ("terminated", "?"), ("valid", "?"),
+    ])  # fmt: skip
+
+
+class Replay:
+    """A ring of slots per task, [num_tasks, capacity + 1], all tasks in step, that stores every observation once. The
+    slot at `head` waits for its action."""
+
+    def __init__(self, num_tasks: int, capacity: int, observation_dim: int, action_dim: int):
+        self.slots = np.zeros((num_tasks, capacity + 1), record_type(observation_dim, action_dim))
+        self.inserted = 0
+
+    @property
+    def head(self) -> int:
+        return self.inserted % self.slots.shape[1]
+
+    @property
+    def size(self) -> int:
+        return min(self.inserted, self.slots.shape[1] - 1)
+
+    def start(self, observations: np.ndarray) -> None:
+        """First observations [num_tasks, |S|]; after a resume, the interrupted episodes end unlearned at `head`."""
+        if self.inserted:
+            self.advance()
+        self.slots["observation"][:, self.head] = observations
+
+    def advance(self) -> None:
+        self.inserted += 1
+        self.slots["valid"][:, self.head] = False
+
+    def insert(self, actions, rewards, terminated, valid, next_observations) -> None:
+        """One step of every task, [num_tasks, ...]; valid is False where this step was a reset."""
+        values = {"action": actions, "reward": rewards, "terminated": terminated, "valid": valid}
+        for name, value in values.items():
+            self.slots[name][:, self.head] = value
+        self.advance()
+        self.slots["observation"][:, self.head] = next_observations
+
+    def sample(self, rng: np.random.Generator, utd: int, batch_size: int) -> Batch:
+        """Uniform over the stored transitions of all tasks."""
+        (num_tasks, ring), shape = self.slots.shape, (utd, batch_size)
+        task_ids = rng.integers(num_tasks, size=shape, dtype=np.int32)
+        slots = (self.head - rng.integers(1, self.size + 1, size=shape)) % ring
+        while not (valid := self.slots["valid"][task_ids, slots]).all():
+            redrawn = int((~valid).sum())
+            task_ids[~valid] = rng.integers(num_tasks, size=redrawn)
+            slots[~valid] = (self.head - rng.integers(1, self.size + 1, size=redrawn)) % ring
+        return self.gather(task_ids, slots)
+
+    def gather(self, task_ids: np.ndarray, slots: np.ndarray) -> Batch:
+        """The transitions that begin in the given slots of the given tasks, both [...]."""
+        ring, flat = self.slots.shape[1], self.slots.reshape(-1)
+        now, following = task_ids * ring + slots, task_ids * ring + (slots + 1) % ring
+        return Batch(
+            flat["observation"][now], flat["action"][now], flat["reward"][now], flat["terminated"][now],
+            flat["observation"][following], task_ids,
+        )  # fmt: skip
+
+
+def save_replay(directory: Path, replay: Replay, envs: "ParallelEnvs") -> None:
+    """One structured .npy per task, oldest slot first, cut to the task's own sizes."""
+    directory.mkdir(exist_ok=True)
+    numbers = np.arange(replay.inserted - replay.size, replay.inserted + 1) % replay.slots.shape[1]
+    for task, *sizes, slots in zip(envs.tasks, envs.observation_dims, envs.action_dims, replay.slots, strict=True):
+        records = np.zeros(len(numbers), record_type(*sizes))
+        records["observation"] = slots["observation"][numbers, : sizes[0]]
+        records["action"] = slots["action"][numbers, : sizes[1]]
+        for name in ("reward", "terminated", "valid"):
+            records[name] = slots[name][numbers]
+        np.save(directory / f"{file_name(task)}.npy", records)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> None:
+    """Trains one agent on the tasks of `args`; everything it writes is in its run directory."""
+    if args.list_tasks:
+        return list_tasks()
+    tasks, steps = resolve_tasks(args.suite, args.env_ids)
+    args.total_timesteps = steps if args.total_timesteps is None else args.total_timesteps
+    args.batch_size = args.batch_size or (1024 if len(tasks) > 1 else 256)  # Section 4
+    with Run(args, args.suite or tasks[0], args.total_timesteps) as run:
+        env_seed, eval_seed = run.seeds()
+        envs = ParallelEnvs(tasks, 1, env_seed, args.env_backend)
+        num_tasks, sizes = len(tasks), (envs.observation_dim, envs.action_dim)
+        agent = make_agent(args, num_tasks, *sizes, envs.action_dims)
+        # a short run allocates what it can fill, and 1,000 slots more, as every resume takes one
+        replay = Replay(num_tasks, min(args.buffer_size, max(args.total_timesteps, 1) + 1000), *sizes)
+        normalizer = ReturnNormalizer(num_tasks, args.discount)
+        rng = np.random.default_rng(args.seed)
+        state, saved = run.restore(agent.init(args.seed), replay)
+        if saved:
+            normalizer.max_return, rng.bit_generator.state = np.float32(saved["max_return"]), saved["rng"]
+        print(f"tasks: {num_tasks}, |S| = {sizes[0]}, |A| = {sizes[1]}; parameters: "
+              f"{parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
+              f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
+        run.start(env_info=envs.information())
+        if args.total_timesteps == 0:
+            return envs.close()
+        eval_envs = ParallelEnvs(tasks, eval_copies(num_tasks, args.eval_episodes), eval_seed, args.env_backend)
+        task_ids, act_key, metrics = jnp.arange(num_tasks), jax.random.PRNGKey(args.seed + 1), {}
+        observations = envs.reset()
+        replay.start(observations)
+
+        while True:
+            if run.evaluation_due():
+                act = partial(agent.act_deterministic, state.actor, state.critic)
+                if run.log_evaluation(evaluate(act, eval_envs, args.eval_episodes, run.stop)):
+                    if args.log_task_statistics and run.updates:
+                        log_task_statistics(agent, state, replay, normalizer, tasks, run)
+                    if args.capture_video:
+                        record_videos(act, envs, run)
+            if run.checkpoint_due():
+                run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng.bit_generator.state)
+            if run.over():
+                break
+
+            # 1. act with the newest policy
+            learning = run.step >= args.learning_starts
+            if learning:
+                actions = np.asarray(agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids))
+            else:
+                actions = rng.uniform(-1, 1, (num_tasks, envs.action_dim)).astype(np.float32) * envs.action_mask
+            envs.send(actions)
+            # 2. while the environments step, the device updates
+            if learning:
+                batches = replay.sample(rng, args.utd, args.batch_size)
+                state, metrics = agent.update(state, batches, normalizer.max_return)
+            # 3. receive, store, update G_i
+            observations, rewards, terminated, truncated, valid, _ = envs.recv()
+            replay.insert(actions, rewards, terminated, valid, observations)
+            bootstrap = None
+            if args.truncation_bootstrap == "critic" and truncated.any():
+                bootstrap = np.asarray(agent.value(state, observations, normalizer.max_return))
+            normalizer.update(rewards, terminated, truncated, valid, bootstrap)
+            run.advance(updates=args.utd if learning else 0)
+            if run.log_due():
+                run.log({**metrics, **envs.last_returns, **normalizer.named(tasks)})
+
+        if args.save_replay:
+            save_replay(run.directory / "replay", replay, envs)
+        run.finish()
+        envs.close()
+        eval_envs.close()
+
+
+# --------------------------------------------------------------------------------------------------------- diagnostics
+
+
+@partial(jax.jit, static_argnums=0)
+def task_statistics(agent: Agent, state: AgentState, batches: Batch, max_return: jax.Array):
+    """Per-task diagnostics (Figures 3 and 5). batches: [num_tasks, batch, ...], row t from task t.
+
+    Returns TD loss, critic gradient norm and policy entropy, each [num_tasks], and the cosine between task gradients,
+    [num_tasks, num_tasks]. Gradients are recomputed pair by pair, so that only two are in memory.
+    """
+    tasks = jnp.arange(len(batches.rewards))
+
+    def loss_and_gradient(task):
+        batch = jax.tree.map(lambda x: x[task], batches)
+        target, _ = agent.critic_target(state, batch, max_return, jax.random.PRNGKey(0))
+        return jax.value_and_grad(agent.critic_loss)(state.critic, state, batch, target)
+
+    def row(task):
+        loss, gradient = loss_and_gradient(task)
+        dots = jax.lax.map(lambda other: optax.tree.vdot(gradient, loss_and_gradient(other)[1]), tasks)
+        batch = jax.tree.map(lambda x: x[task], batches)
+        return loss, dots, -agent.actor_loss(state.actor, state, batch, jax.random.PRNGKey(1))[1].mean()
+
+    losses, dots, entropies = jax.lax.map(row, tasks)
+    norms = jnp.sqrt(jnp.diagonal(dots))
+    return losses, norms, entropies, dots / jnp.maximum(norms[:, None] * norms[None, :], 1e-30)
+
+
+def log_task_statistics(agent, state, replay, normalizer, tasks: list[str], run: "Run", batch_size: int = 256) -> None:
+    """Per-task diagnostics to TensorBoard and RUN_DIR/statistics/<step>.npz.
+
+    Relative variance is sigma / mu over tasks (Figure 3); a conflict is a negative cosine between the critic gradients
+    of two tasks (Figure 5; gradient surgery, Yu et al., 2020); embeddings are those of Figure 7.
+    """
+    rng = np.random.default_rng(run.step)  # its own, so that logging does not change what is learned
+    recent = (replay.head - np.arange(1, replay.size + 1)) % replay.slots.shape[1]
+    slots = [rng.choice(recent[replay.slots["valid"][task, recent]], batch_size) for task in range(len(tasks))]
+    batches = replay.gather(np.arange(len(tasks), dtype=np.int32)[:, None].repeat(batch_size, 1), np.array(slots))
+    losses, norms, entropies, cosines = map(np.asarray, task_statistics(agent, state, batches, normalizer.max_return))
+    values, arrays = {}, {"gradient_cosine": cosines}
+    for name, array in (("td_loss", losses), ("gradient_norm", norms), ("entropy", entropies)):
+        arrays[name] = array
+        values |= {f"tasks/{name}/{task}": value for task, value in zip(tasks, array, strict=True)}
+        values[f"relative_variance/{name}"] = array.std() / max(abs(array.mean()), 1e-12)
+    if len(tasks) > 1:
+        values["gradient_conflict_rate"] = (cosines[np.triu_indices(len(tasks), 1)] < 0).mean()
+        if "embedding" in state.critic:
+            arrays["embedding"] = np.asarray(agent.embed(state.critic, np.arange(len(tasks))))
+    run.scalars(values)
+    (run.directory / "statistics").mkdir(exist_ok=True)
+    np.savez(run.directory / "statistics" / f"{run.step}.npz", task=np.array(tasks), **arrays)
+
+
+# ======================================================================================================================
+# Part 2 of 3, tasks and environments: names and suites, scores, environments, evaluation, videos. The same in
+# brc_sac_continuous.py, brc_offline_bc.py and brc_embedding_transfer.py.
+# ======================================================================================================================
 
 DMC = """acrobot-swingup acrobot-swingup-sparse ball-in-cup-catch cartpole-balance cartpole-balance-sparse
 cartpole-swingup cartpole-swingup-sparse cheetah-run dog-run dog-stand dog-trot dog-walk finger-spin finger-turn-easy
@@ -316,23 +955,20 @@ def check_tasks(tasks: list[str]) -> None:
         raise UserError("a task is named twice in --env-ids")
 
 
-def resolve_tasks(args: Args) -> tuple[list[str], int]:
-    """Task names and environment steps per task of a run.
+def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str], int]:
+    """Task names and the environment steps per task that Section 4 gives them (1,000,000 where it gives none).
 
     Raises UserError for an unknown suite, family or task, naming the valid ones.
     """
-    if args.suite and args.env_ids:
+    if suite and env_ids:
         raise UserError("--suite and --env-ids exclude each other: give one of them")
-    if args.suite:
-        if args.suite not in SUITES:
-            raise UserError(f"unknown suite '{args.suite}'; suites: {', '.join(SUITES)}")
-        tasks, steps = SUITES[args.suite]
-    else:
-        tasks, steps = list(args.env_ids), 1_000_000
+    if suite and suite not in SUITES:
+        raise UserError(f"unknown suite '{suite}'; suites: {', '.join(SUITES)}")
+    tasks, steps = SUITES[suite] if suite else (list(env_ids), 1_000_000)
     if not tasks:
         raise UserError(f"no tasks: give --env-ids, such as --env-ids dmc/walker-walk, or --suite: {', '.join(SUITES)}")
     check_tasks(tasks)
-    return tasks, steps if args.total_timesteps is None else args.total_timesteps
+    return tasks, steps
 
 
 def list_tasks() -> None:
@@ -364,8 +1000,6 @@ def normalized_score(task: str, episode_return: float, success: float) -> float:
         return (episode_return - random_return) / (success_return - random_return)
     return success if family in ("metaworld", "shadowhand") else math.nan
 
-
-# -------------------------------------------------------------------------------------------------- environments
 
 ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has more of them or another order; and the
     # hand's, whose achieved goal is part of the observation
@@ -608,12 +1242,29 @@ class GymnasiumTask:
         atexit.unregister(self.close)
 
 
+class Step(NamedTuple):
+    """One step of every row of ParallelEnvs, [size, ...]. Where it was a reset (next-step autoreset, see record_type),
+    valid is False, and so are terminated, truncated and done, the reward is 0 and success NaN."""
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray  # and not terminated
+    valid: np.ndarray
+    success: np.ndarray  # NaN where the environment reports none
+
+    @property
+    def done(self) -> np.ndarray:
+        return self.terminated | self.truncated
+
+
 class ParallelEnvs:
     """num_envs copies of every task that envpool steps, and one of every other, stepped all at once.
 
     Row r is a copy of task task_ids[r]. Observations are zero-padded to the widest task, actions cut to the task's own
-    size (E.1's mixes). After terminated or truncated, the next step resets that row: it returns the first observation
-    and ignores the action.
+    size (E.1's mixes). After done, the next step resets that row and ignores the action: next-step autoreset, see
+    record_type. episode_return, episode_success (at any step) and episode_length are those of each row's current
+    episode, at a done step of the whole one.
     """
 
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
@@ -642,7 +1293,17 @@ class ParallelEnvs:
             raise UserError(f"envpool has no {task}; take --env-backend auto")
         return GymnasiumTask(task, seed)
 
+    def information(self) -> dict:
+        """env_info of args.json."""
+        return {
+            "num_tasks": len(self.tasks), "task_names": self.tasks, "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim, "observation_dims": self.observation_dims, "action_dims": self.action_dims,
+        }  # fmt: skip
+
     def reset(self) -> np.ndarray:
+        self.done, self.last_returns = np.zeros(self.size, bool), {}
+        self.episode_return, self.episode_length = np.zeros(self.size), np.zeros(self.size, int)
+        self.episode_success = np.full(self.size, np.nan)
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         for rows, pool in self.rows:
             observations[rows, : pool.observation_dim] = pool.reset()
@@ -654,555 +1315,38 @@ class ParallelEnvs:
         for rows, pool in self.stepping:
             pool.send(actions[rows, : pool.action_dim])
 
-    def recv(self):
-        """Returns observations [size, observation_dim] and rewards, terminated, truncated, success, each [size].
-
-        success is NaN where the environment reports none; all is zero where a task was not stepped.
-        """
+    def recv(self) -> Step:
+        """Raises FloatingPointError for an observation or reward that is not finite. Rows that were not stepped are as
+        if they had been reset."""
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         rewards, success = np.zeros(self.size, np.float32), np.full(self.size, np.nan, np.float32)
-        terminated, truncated = np.zeros(self.size, bool), np.zeros(self.size, bool)
+        terminated, truncated, stepped = np.zeros((3, self.size), bool)
         for rows, pool in self.stepping:
             observation, rewards[rows], terminated[rows], truncated[rows], info = pool.recv()
-            observations[rows, : pool.observation_dim] = observation
+            observations[rows, : pool.observation_dim], stepped[rows] = observation, True
             success[rows] = info.get("success", info.get("is_success", np.nan))
-        return observations, rewards, terminated, truncated & ~terminated, success
+        finite = np.isfinite(rewards) & np.isfinite(observations).all(axis=1)
+        if not finite.all():
+            raise FloatingPointError(f"observation or reward of {self.tasks[self.task_ids[finite.argmin()]]}")
+        began, valid = self.done & stepped, stepped & ~self.done
+        step = Step(
+            observations, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, valid,
+            np.where(valid, success, np.nan),
+        )  # fmt: skip
+        self.done = np.where(stepped, step.done, self.done)
+        self.episode_return = np.where(began, 0, self.episode_return) + step.rewards
+        self.episode_length = np.where(began, 0, self.episode_length) + valid
+        self.episode_success = np.fmax(np.where(began, np.nan, self.episode_success), step.success)
+        if self.episode_length.max() > MAX_EPISODE_STEPS:
+            task = self.tasks[self.task_ids[self.episode_length.argmax()]]
+            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
+        for row in np.flatnonzero(step.done):
+            self.last_returns[f"train/return/{self.tasks[self.task_ids[row]]}"] = self.episode_return[row]
+        return step
 
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
-
-
-# -------------------------------------------------------------------------------------------------------- replay
-
-
-class Batch(NamedTuple):
-    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
-
-    observations: np.ndarray  # [..., |S|]
-    actions: np.ndarray  # [..., |A|]
-    rewards: np.ndarray  # [...], as the environment gave them: Eq. 3 is applied when they are used
-    terminated: np.ndarray  # [...], 1.0 if the episode terminated here; truncation does not cut the bootstrap
-    next_observations: np.ndarray  # [..., |S|]
-    task_ids: np.ndarray  # [...]
-
-
-class Replay:
-    """A ring of transitions per task, all tasks in step, that stores every observation once.
-
-    Slot t holds observation t and what was done there; its next observation is slot t + 1's. The slot of an
-    episode's final observation is the step that the environment used to reset: it is invalid and never sampled. The
-    slot at `head` waits for its action.
-    """
-
-    def __init__(self, num_tasks: int, capacity: int, observation_dim: int, action_dim: int):
-        shape = (num_tasks, capacity + 1)
-        self.observations = np.zeros((*shape, observation_dim), np.float32)
-        self.actions = np.zeros((*shape, action_dim), np.float32)
-        self.rewards = np.zeros(shape, np.float32)
-        self.terminated = np.zeros(shape, np.float32)
-        self.valid = np.zeros(shape, bool)
-        self.inserted, self.slots = 0, capacity + 1
-
-    def start(self, observations: np.ndarray) -> None:
-        """First observations [num_tasks, |S|]; after a resume, the interrupted episodes end unlearned at `head`."""
-        if self.inserted:
-            self.advance()
-        self.observations[:, self.head] = observations
-
-    @property
-    def head(self) -> int:
-        return self.inserted % self.slots
-
-    @property
-    def size(self) -> int:
-        return min(self.inserted, self.slots - 1)
-
-    def advance(self) -> None:
-        self.inserted += 1
-        self.valid[:, self.head] = False
-
-    def insert(self, actions, rewards, terminated, valid, next_observations) -> None:
-        """One step of every task, [num_tasks, ...]; valid is False where this step was a reset."""
-        self.actions[:, self.head] = actions
-        self.rewards[:, self.head] = rewards
-        self.terminated[:, self.head] = terminated
-        self.valid[:, self.head] = valid
-        self.advance()
-        self.observations[:, self.head] = next_observations
-
-    def sample(self, rng: np.random.Generator, utd: int, batch_size: int) -> Batch:
-        """Uniform over the stored transitions of all tasks."""
-        shape = (utd, batch_size)
-        task_ids = rng.integers(len(self.valid), size=shape, dtype=np.int32)
-        slots = (self.head - rng.integers(1, self.size + 1, size=shape)) % self.slots
-        while not (valid := self.valid[task_ids, slots]).all():
-            redrawn = int((~valid).sum())
-            task_ids[~valid] = rng.integers(len(self.valid), size=redrawn)
-            slots[~valid] = (self.head - rng.integers(1, self.size + 1, size=redrawn)) % self.slots
-        return self.gather(task_ids, slots)
-
-    def sample_task(self, rng: np.random.Generator, task: int, batch_size: int) -> Batch:
-        """Uniform over the stored transitions of one task, [batch_size, ...]."""
-        slots = (self.head - np.arange(1, self.size + 1)) % self.slots
-        slots = rng.choice(slots[self.valid[task, slots]], batch_size)
-        return self.gather(np.full(batch_size, task, np.int32), slots)
-
-    def gather(self, task_ids: np.ndarray, slots: np.ndarray) -> Batch:
-        now, following = task_ids * self.slots + slots, task_ids * self.slots + (slots + 1) % self.slots
-        # take() of flat arrays: twice as fast as indexing with two arrays
-        take = lambda array, rows: array.reshape(-1, *array.shape[2:]).take(rows, axis=0)  # noqa: E731
-        return Batch(
-            take(self.observations, now), take(self.actions, now), take(self.rewards, now),
-            take(self.terminated, now), take(self.observations, following), task_ids,
-        )  # fmt: skip
-
-    def records(self, task: int, slots: np.ndarray, observation_dim=None, action_dim=None) -> np.ndarray:
-        """Slots of one task as a structured array, cut to the given sizes: what is written to disk."""
-        observation_dim = observation_dim or self.observations.shape[-1]
-        action_dim = action_dim or self.actions.shape[-1]
-        dtype = [("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
-                 ("terminated", "?"), ("valid", "?")]  # fmt: skip
-        records = np.zeros(len(slots), dtype)
-        records["observation"] = self.observations[task, slots, :observation_dim]
-        records["action"] = self.actions[task, slots, :action_dim]
-        records["reward"], records["terminated"] = self.rewards[task, slots], self.terminated[task, slots]
-        records["valid"] = self.valid[task, slots]
-        return records
-
-    def load_records(self, task: int, slots: np.ndarray, records: np.ndarray) -> None:
-        """Inverse of `records`, uncut."""
-        self.observations[task, slots], self.actions[task, slots] = records["observation"], records["action"]
-        self.rewards[task, slots], self.terminated[task, slots] = records["reward"], records["terminated"]
-        self.valid[task, slots] = records["valid"]
-
-
-# ------------------------------------------------------------------------------------------------------ networks
-
-orthogonal = nn.initializers.orthogonal(math.sqrt(2))
-
-
-class BroNet(nn.Module):
-    """BroNet (C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized dense layers."""
-
-    width: int
-    depth: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-        for _ in range(self.depth):
-            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
-        return x
-
-
-class SimBa(nn.Module):
-    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x bottleneck; its input is normalized by running
-    statistics, which the agent keeps."""
-
-    width: int
-    depth: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(1.0))(x)
-        for _ in range(self.depth):
-            y = nn.Dense(4 * self.width, kernel_init=nn.initializers.he_normal())(nn.LayerNorm()(x))
-            x = x + nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(nn.relu(y))
-        return nn.LayerNorm()(x)
-
-
-class MLP(nn.Module):
-    """The vanilla SAC network: `depth` ReLU layers."""
-
-    width: int
-    depth: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(self.depth):
-            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal)(x))
-        return x
-
-
-class Heads(nn.Module):
-    """A linear output; with num_heads > 1, one per task, of which each row takes its own (Yu et al., 2020)."""
-
-    features: int
-    num_heads: int
-    gain: float = math.sqrt(2)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads would shrink each head's outputs
-            keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
-            return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
-
-        x = nn.Dense(self.num_heads * self.features, kernel_init=head_by_head)(x)
-        if self.num_heads == 1:
-            return x
-        x = x.reshape(*x.shape[:-1], self.num_heads, self.features)
-        return jnp.take_along_axis(x, task_ids[:, None, None], axis=-2).squeeze(-2)
-
-
-class Critic(nn.Module):
-    """One Q-network: [batch, |S| + |A| (+ embedding)] to [batch, num_atoms] logits, or [batch, 1] values with MSE."""
-
-    backbone: type[nn.Module]
-    width: int
-    depth: int
-    features: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
-
-
-class Actor(nn.Module):
-    """Tanh-Gaussian policy: mean and log standard deviation in [-10, 2] before the tanh, each [batch, |A|]."""
-
-    width: int
-    depth: int
-    action_dim: int
-    num_heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = BroNet(self.width, self.depth)(x)
-        mean = Heads(self.action_dim, self.num_heads)(x, task_ids)
-        log_std = Heads(self.action_dim, self.num_heads, gain=1.0)(x, task_ids)  # as in BRO and the released code
-        return mean, -10.0 + 6.0 * (1.0 + jnp.tanh(log_std))
-
-
-def sample_action(key: jax.Array, mean: jax.Array, log_std: jax.Array, mask=1.0) -> tuple[jax.Array, jax.Array]:
-    """Reparameterized tanh-Gaussian sample [batch, |A|] and its log-density [batch].
-
-    mask [batch, |A|] is 0 in the dimensions that a task does not have: no action there, and no entropy.
-    """
-    noise = jax.random.normal(key, mean.shape)
-    x = mean + jnp.exp(log_std) * noise
-    log_density = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_det_tanh = 2 * (math.log(2) - x - nn.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
-    return jnp.tanh(x) * mask, ((log_density - log_det_tanh) * mask).sum(-1)
-
-
-# --------------------------------------------------------------------------------------- categorical projection
-
-
-def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: float, v_max: float) -> jax.Array:
-    """Projects a distribution onto the fixed support (C.2; Bellemare et al., 2017, Algorithm 1).
-
-    Args: probs [batch, N], mass at target_atoms [batch, N]; atoms outside [v_min, v_max] go to the nearest end.
-    Returns [batch, N]: mass on N evenly spaced atoms, each atom's mass shared by its two neighbours. Two scatter-adds;
-    a [batch, N, N] tensor is never built.
-    """
-    num_atoms = probs.shape[-1]
-    position = (jnp.clip(target_atoms, v_min, v_max) - v_min) * ((num_atoms - 1) / (v_max - v_min))
-    lower = jnp.clip(jnp.floor(position), 0, num_atoms - 2)
-    upper_share = position - lower
-    rows, lower = jnp.arange(len(probs))[:, None], lower.astype(jnp.int32)
-    projected = jnp.zeros_like(probs).at[rows, lower].add(probs * (1 - upper_share))
-    return projected.at[rows, lower + 1].add(probs * upper_share)
-
-
-# ------------------------------------------------------------------------------------------ return normalization
-
-
-class ReturnNormalizer:
-    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
-
-    A reward enters the replay before its episode ends, so G_i covers |r| at once; it covers returns when the episode
-    ends: zero after the end if it terminated, the given bootstrap value if it was truncated. With a bootstrap of at
-    most G_i in magnitude, G_i <= max |r| / (1 - discount) by induction: |r| + discount G_i keeps the bound.
-    """
-
-    def __init__(self, num_tasks: int, discount: float):
-        self.max_return = np.zeros(num_tasks, np.float32)
-        self.discount = discount
-        self.episodes: list[list[float]] = [[] for _ in range(num_tasks)]
-
-    def update(self, rewards, terminated, truncated, valid, bootstrap=None) -> None:
-        """One step of every task, each [num_tasks]. bootstrap: value of the final observation in units of reward, used
-        where truncated; None takes the episode's mean reward / (1 - discount), as the released code does."""
-        self.max_return = np.where(valid, np.maximum(self.max_return, np.abs(rewards)), self.max_return)
-        for task in np.flatnonzero(valid):
-            self.episodes[task].append(float(rewards[task]))
-            if not (terminated[task] or truncated[task]):
-                continue
-            episode, self.episodes[task] = self.episodes[task], []
-            value = 0.0
-            if truncated[task]:
-                value = np.mean(episode) / (1 - self.discount) if bootstrap is None else float(bootstrap[task])
-            for reward in reversed(episode):
-                value = reward + self.discount * value
-                self.max_return[task] = max(self.max_return[task], abs(value))
-
-
-# ----------------------------------------------------------------------------------------- agent state and update
-
-ENTROPY_RATE = 0.05  # of the running mean that estimates H_i of Eq. 4 from each batch's rows of task i
-MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
-
-
-class RunningStatistics(NamedTuple):
-    """Mean and variance of observations [|S|], for SimBa's input normalization."""
-
-    count: jax.Array
-    mean: jax.Array
-    variance: jax.Array
-
-
-class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
-
-    actor: Any
-    actor_optimizer: Any
-    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
-    critic_optimizer: Any
-    target_critic: Any
-    log_temperature: jax.Array
-    temperature_optimizer: Any
-    entropy: jax.Array  # [num_tasks], H_i of Eq. 4
-    statistics: RunningStatistics
-    key: jax.Array
-
-
-class Agent(NamedTuple):
-    """The compiled functions of one agent; see make_agent."""
-
-    init: Any
-    act: Any
-    act_deterministic: Any
-    value: Any
-    update: Any
-    task_statistics: Any
-    embeddings: Any
-    parameter_norm: Any
-
-
-def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int, action_dims=None) -> Agent:
-    """The agent as pure functions of AgentState. One task takes the same path, without embedding or extra heads.
-
-    action_dims: the tasks' own action sizes (default: action_dim for all). Entropy counts, and its target is set by,
-    the dimensions that a task has; those added by padding would otherwise hold entropy that its real actions lack.
-    """
-    use_embedding = num_tasks > 1 and args.task_conditioning == "embedding"
-    num_heads = num_tasks if num_tasks > 1 and args.task_conditioning == "heads" else 1
-    categorical = args.critic_loss == "ce"
-    own_dims = jnp.array(action_dims or [action_dim] * num_tasks)
-    action_mask = (jnp.arange(action_dim) < own_dims[:, None]).astype(jnp.float32)  # [num_tasks, |A|]
-    target_entropy = -own_dims / 2 if args.target_entropy is None else jnp.full(num_tasks, args.target_entropy)
-    atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
-    actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
-    critic_outputs_dim = args.num_atoms if categorical else 1
-    backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[args.critic_arch]
-    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
-    embedding_network = nn.Embed(num_tasks, args.embedding_size)
-    actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
-    critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
-    temperature_optimizer = optax.adam(args.temperature_lr, b1=0.5)
-
-    def init(seed: int) -> AgentState:
-        key, actor_key, embedding_key, *critic_keys = jax.random.split(jax.random.PRNGKey(seed), 3 + args.num_critics)
-        task_ids = jnp.zeros(1, jnp.int32)
-        conditioned_dim = observation_dim + args.embedding_size * use_embedding
-        actor = jax.jit(actor_network.init)(actor_key, jnp.zeros((1, conditioned_dim)), task_ids)
-        # One critic at a time: vmapped orthogonal initializers inside one jit deadlock on jaxlib 0.10.2 with 2 cores.
-        critic_init = jax.jit(critic_network.init)
-        members = [critic_init(k, jnp.zeros((1, conditioned_dim + action_dim)), task_ids) for k in critic_keys]
-        critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
-        if use_embedding:
-            critic["embedding"] = embedding_network.init(embedding_key, task_ids)
-        log_temperature = jnp.log(jnp.float32(args.initial_temperature))
-        return AgentState(
-            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
-            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks),
-            RunningStatistics(jnp.zeros(()), jnp.zeros(observation_dim), jnp.ones(observation_dim)), key,
-        )  # fmt: skip
-
-    def embed(critic, task_ids):
-        """Unit-norm task embeddings (C.4), [..., embedding_size]."""
-        embedding = embedding_network.apply(critic["embedding"], task_ids)
-        order = 1 if args.embedding_norm == "l1" else 2
-        return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
-
-    def policy(actor, critic, observations, task_ids):
-        """Arguments of sample_action; the embedding is the critic's and gets no gradient from here (C.4)."""
-        if use_embedding:
-            observations = jnp.concatenate([observations, jax.lax.stop_gradient(embed(critic, task_ids))], axis=-1)
-        return *actor_network.apply(actor, observations, task_ids), action_mask[task_ids]
-
-    def critic_outputs(critic, statistics, observations, actions, task_ids):
-        """Outputs of every critic, [num_critics, batch, num_atoms or 1]."""
-        if args.critic_arch == "simba":
-            observations = (observations - statistics.mean) / jnp.sqrt(statistics.variance + 1e-8)
-        inputs = [observations, actions] + ([embed(critic, task_ids)] if use_embedding else [])
-        apply = jax.vmap(critic_network.apply, in_axes=(0, None, None))
-        return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
-
-    def q_values(outputs):
-        """Expected return, mean over critics (C.1): [num_critics, batch, ...] to [batch]."""
-        values = (nn.softmax(outputs) * atoms).sum(-1) if categorical else outputs.squeeze(-1)
-        return values.mean(0)
-
-    def reward_scale(state, max_return):
-        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4).
-
-        The entropy of a sharp policy is negative, and Eq. 4 as printed could flip the sign of Eq. 3; its magnitude
-        bounds what entropy adds to or takes from a return. As G_i >= |r|, a normalized reward never exceeds V_max, and
-        the divisor's floor only acts where every reward was zero.
-        """
-        if not args.normalize_returns:
-            return jnp.ones(num_tasks)
-        temperature = jnp.exp(state.log_temperature)
-        entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else own_dims / 4
-        return args.v_max / jnp.maximum(max_return + temperature * entropy / (1 - args.discount), MIN_SCALE)
-
-    def critic_target(state, batch, max_return, key):
-        """Target distribution [batch, num_atoms] (C.2), or target value [batch] with MSE, and normalized rewards."""
-        next_observations, task_ids = batch.next_observations, batch.task_ids
-        rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
-        discounts = args.discount * (1 - batch.terminated)
-        next_policy = policy(state.actor, state.critic, next_observations, task_ids)
-        next_actions, next_log_probs = sample_action(key, *next_policy)
-        outputs = critic_outputs(state.target_critic, state.statistics, next_observations, next_actions, task_ids)
-        entropy_bonus = -jnp.exp(state.log_temperature) * next_log_probs
-        if not categorical:
-            return rewards + discounts * (q_values(outputs) + entropy_bonus), rewards
-        target_atoms = rewards[:, None] + discounts[:, None] * (atoms + entropy_bonus[:, None])
-        return categorical_projection(nn.softmax(outputs).mean(0), target_atoms, args.v_min, args.v_max), rewards
-
-    def critic_loss(critic, state, batch, target):
-        """Cross-entropy with the target distribution, or squared error; mean over the batch, sum over critics."""
-        outputs = critic_outputs(critic, state.statistics, batch.observations, batch.actions, batch.task_ids)
-        if categorical:
-            return -(target * nn.log_softmax(outputs)).sum(-1).mean(-1).sum()
-        return ((outputs.squeeze(-1) - target) ** 2).mean(-1).sum()
-
-    def actor_loss(actor, state, batch, key):
-        """Soft policy improvement, alpha log pi - Q, and the log-densities [batch]."""
-        actions, log_probs = sample_action(key, *policy(actor, state.critic, batch.observations, batch.task_ids))
-        q = q_values(critic_outputs(state.critic, state.statistics, batch.observations, actions, batch.task_ids))
-        return (jnp.exp(state.log_temperature) * log_probs - q).mean(), log_probs
-
-    def update_statistics(statistics, observations):
-        """Chan et al.'s parallel mean and variance."""
-        count = statistics.count + len(observations)
-        delta = observations.mean(0) - statistics.mean
-        mean = statistics.mean + delta * len(observations) / count
-        squares = statistics.variance * statistics.count + observations.var(0) * len(observations)
-        squares += delta**2 * statistics.count * len(observations) / count
-        return RunningStatistics(count, mean, squares / count)
-
-    def update_once(state: AgentState, batch: Batch, max_return: jax.Array):
-        """Critic, target critic, actor, temperature, in this order."""
-        key, critic_key, actor_key = jax.random.split(state.key, 3)
-        state = state._replace(key=key)
-        if args.critic_arch == "simba":
-            state = state._replace(statistics=update_statistics(state.statistics, batch.observations))
-
-        target, rewards = critic_target(state, batch, max_return, critic_key)
-        critic_value, gradient = jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
-        critic_norm = optax.tree.norm(gradient)
-        step, optimizer = critic_optimizer.update(gradient, state.critic_optimizer, state.critic)
-        critic = optax.apply_updates(state.critic, step)
-        target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
-        state = state._replace(critic=critic, critic_optimizer=optimizer, target_critic=target_critic)
-
-        actor_value_and_grad = jax.value_and_grad(actor_loss, has_aux=True)
-        (actor_value, log_probs), gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
-        actor_norm = optax.tree.norm(gradient)
-        step, optimizer = actor_optimizer.update(gradient, state.actor_optimizer, state.actor)
-        state = state._replace(actor=optax.apply_updates(state.actor, step), actor_optimizer=optimizer)
-
-        entropy = -log_probs.mean()
-        rows = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
-        task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(rows, 1)
-        task_entropy = jnp.where(rows > 0, state.entropy + ENTROPY_RATE * (task_entropy - state.entropy), state.entropy)
-
-        surplus = entropy - target_entropy[batch.task_ids].mean()
-        temperature_loss = lambda log_temperature: jnp.exp(log_temperature) * surplus  # noqa: E731
-        temperature_value, gradient = jax.value_and_grad(temperature_loss)(state.log_temperature)
-        step, optimizer = temperature_optimizer.update(gradient, state.temperature_optimizer)
-        state = state._replace(
-            log_temperature=state.log_temperature + step, temperature_optimizer=optimizer, entropy=task_entropy
-        )
-        q = (target * atoms).sum(-1) if categorical else target
-        metrics = {
-            "losses/critic": critic_value, "losses/actor": actor_value, "losses/temperature": temperature_value,
-            "gradient_norms/critic": critic_norm, "gradient_norms/actor": actor_norm, "policy/entropy": entropy,
-            "policy/temperature": jnp.exp(state.log_temperature), "q/target_mean": q.mean(), "q/target_min": q.min(),
-            "q/target_max": q.max(), "rewards/normalized_mean": rewards.mean(),
-            "rewards/normalized_max_abs": jnp.abs(rewards).max(),
-        }  # fmt: skip
-        return state, metrics
-
-    def update(state: AgentState, batches: Batch, max_return: jax.Array):
-        """The utd updates of one vector step, one compiled call. batches: [utd, batch_size, ...]; max_return: G_i."""
-        for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
-            state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
-        return state, metrics
-
-    def act(actor, critic, key, step, observations, task_ids):
-        """Sampled actions [batch, |A|]."""
-        return sample_action(jax.random.fold_in(key, step), *policy(actor, critic, observations, task_ids))[0]
-
-    def act_deterministic(actor, critic, observations, task_ids):
-        mean, _, mask = policy(actor, critic, observations, task_ids)
-        return jnp.tanh(mean) * mask
-
-    def value(state: AgentState, observations, max_return):
-        """Critic's value of one observation per task at the policy's mean action, in units of reward, [num_tasks].
-
-        Undoes Eq. 3 by G_i / V_max, not by (G_i + lambda_i) / V_max: the tail then never exceeds G_i, whatever the
-        critic says. With lambda_i it could exceed G_i, which never falls, at every truncation again.
-        """
-        task_ids = jnp.arange(num_tasks)
-        actions = act_deterministic(state.actor, state.critic, observations, task_ids)
-        q = q_values(critic_outputs(state.critic, state.statistics, observations, actions, task_ids))
-        return jnp.clip(q / args.v_max, -1, 1) * max_return if args.normalize_returns else q
-
-    def task_statistics(state: AgentState, batches: Batch, max_return):
-        """Per-task diagnostics (Figures 3 and 5). batches: [num_tasks, batch, ...], row t from task t.
-
-        Returns TD loss, critic gradient norm and policy entropy, each [num_tasks], and the cosine between task
-        gradients, [num_tasks, num_tasks]. Gradients are recomputed pair by pair, so that only two are in memory.
-        """
-
-        def loss_and_gradient(task):
-            batch = jax.tree.map(lambda x: x[task], batches)
-            target, _ = critic_target(state, batch, max_return, jax.random.PRNGKey(0))
-            return jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
-
-        def row(task):
-            loss, gradient = loss_and_gradient(task)
-            dot = lambda other: optax.tree.vdot(gradient, loss_and_gradient(other)[1])  # noqa: E731
-            dots = jax.lax.map(dot, jnp.arange(num_tasks))
-            batch = jax.tree.map(lambda x: x[task], batches)
-            return loss, dots, -actor_loss(state.actor, state, batch, jax.random.PRNGKey(1))[1].mean()
-
-        losses, dots, entropies = jax.lax.map(row, jnp.arange(num_tasks))
-        norms = jnp.sqrt(jnp.diagonal(dots))
-        return losses, norms, entropies, dots / jnp.maximum(norms[:, None] * norms[None, :], 1e-30)
-
-    def embeddings(critic):
-        return embed(critic, jnp.arange(num_tasks)) if use_embedding else None
-
-    def parameter_norm(state: AgentState):
-        """Norm of all network parameters, finite if they all are."""
-        return optax.tree.norm((state.actor, state.critic, state.target_critic))
-
-    return Agent(init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0),
-                 jax.jit(task_statistics), jax.jit(embeddings), jax.jit(parameter_norm))  # fmt: skip
-
-
-def parameter_count(tree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-# ---------------------------------------------------------------------------------------------------- evaluation
 
 
 EVAL_ENVS = 40  # at most, for several tasks: one of Meta-World's takes 25 MB, a dog 86 MB
@@ -1214,34 +1358,35 @@ def eval_copies(num_tasks: int, episodes: int) -> int:
     return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
 
 
-def evaluate(agent: Agent, state: AgentState, envs: ParallelEnvs, episodes: int, stop: list):
-    """Returns and successes of deterministic episodes, a list of [episodes] per task; None if `stop` fills meanwhile.
+def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> list[dict] | None:
+    """Means over whole episodes, a row of eval.csv per task, empty where a column has no meaning; None if `stop` fills
+    meanwhile.
 
-    Every copy of a task plays the same number of whole episodes, so that short episodes are not counted more often.
+    act: observations [size, |S|] and task_ids [size] to actions [size, |A|]. Every copy of a task plays the same number
+    of episodes, so that short ones are not counted more often.
     """
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
-    episode_return, episode_success = np.zeros(envs.size), np.full(envs.size, np.nan)
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    length, done, observations = np.zeros(envs.size, int), np.zeros(envs.size, bool), envs.reset()
+    observations = envs.reset()
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop:
             return None
-        actions = np.asarray(agent.act_deterministic(state.actor, state.critic, observations, envs.task_ids))
-        envs.send(actions, resting=finished)
-        observations, rewards, terminated, truncated, success = envs.recv()
-        episode_return += np.where(done, 0, rewards)  # the step after done was a reset
-        episode_success = np.where(done, np.nan, np.fmax(episode_success, success))  # success at any step counts
-        length = np.where(done | finished, 0, length + 1)
-        if length.max() > MAX_EPISODE_STEPS:
-            task = envs.tasks[envs.task_ids[length.argmax()]]
-            raise UserError(f"an episode of {task} had no end within {MAX_EPISODE_STEPS:,} steps: give it a time limit")
-        done = ~done & (terminated | truncated)
-        for row in np.flatnonzero(done):
-            if len(returns[row]) < quota[row]:
-                returns[row].append(episode_return[row])
-                successes[row].append(episode_success[row])
-        episode_return[done] = 0
-    return tuple([np.concatenate(values[rows]) for rows, _ in envs.rows] for values in (returns, successes))
+        envs.send(np.asarray(act(observations, envs.task_ids)), resting=finished)
+        step = envs.recv()
+        observations = step.observations
+        for row in np.flatnonzero(step.done & ~finished):
+            returns[row].append(envs.episode_return[row])
+            successes[row].append(envs.episode_success[row])
+    table = []
+    for task, (rows, _) in zip(envs.tasks, envs.rows, strict=True):
+        mean_return, success = np.mean(returns[rows]), np.mean(successes[rows])
+        score = normalized_score(task, mean_return, success)  # linear in both
+        table.append({
+            "task": task, "episodes": np.size(returns[rows]), "return": round(float(mean_return), 4),
+            "success": "" if np.isnan(success) else round(float(success), 5),
+            "score": "" if np.isnan(score) else round(float(score), 5),
+        })  # fmt: skip
+    return table
 
 
 def frame_renderer(env: gym.Env):
@@ -1259,10 +1404,26 @@ def frame_renderer(env: gym.Env):
     return render
 
 
-def record_video(agent: Agent, state: AgentState, task: str, task_id: int, observation_dim: int, path: Path, stop):
-    """One deterministic episode as mp4, every second frame; none if `stop` fills meanwhile."""
-    import imageio
+def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
+    """One deterministic episode of every task as RUN_DIR/videos/<task>-<step>.mp4, every second frame. act: as in
+    evaluate. What cannot be drawn is a warning."""
+    for task_id, task in enumerate(envs.tasks):
+        try:
+            frames = episode_frames(act, task, task_id, envs.observation_dim, run.stop)
+            if run.stop:
+                return
+            import imageio
 
+            path = run.directory / "videos" / f"{file_name(task)}-{run.step}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs
+                imageio.mimsave(path, frames, fps=30)
+        except Exception as error:  # a graphics library or a package for drawing may be missing
+            tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
+
+
+def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int, stop: list) -> list[np.ndarray]:
     env = make_env(task, render_mode="rgb_array")
     render, frames = frame_renderer(env), []
     observation, done = env.reset()[0], False
@@ -1273,71 +1434,32 @@ def record_video(agent: Agent, state: AgentState, task: str, task_id: int, obser
             break
         padded = np.zeros((1, observation_dim), np.float32)
         padded[0, : len(observation)] = observation
-        action = np.asarray(agent.act_deterministic(state.actor, state.critic, padded, np.array([task_id])))[0]
+        action = np.asarray(act(padded, np.array([task_id])))[0]
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()
-    if stop:
-        return
-    path.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
-        imageio.mimsave(path, frames, fps=30)
+    return frames
 
 
-def log_task_statistics(agent, state, replay, normalizer, tasks, run_dir: Path, logger, step: int, batch_size=256):
-    """Per-task diagnostics to TensorBoard and RUN_DIR/statistics/<step>.npz.
+# ======================================================================================================================
+# Part 3 of 3, the run: arguments, run directory, curves, progress, signals, checkpoints, resume, errors. The same in
+# all four scripts; part 1 says in SCRIPT, PACKAGES, RESUMABLE, RELEASED_CODE and AGGREGATES what differs.
+# ======================================================================================================================
 
-    Relative variance is sigma / mu over tasks (Figure 3); a conflict is a negative cosine between the critic gradients
-    of two tasks (Figure 5; Yu et al., 2020); embeddings are those of Figure 7.
-    """
-    rng = np.random.default_rng(step)  # its own, so that logging does not change what is learned
-    batches = [replay.sample_task(rng, task, batch_size) for task in range(len(tasks))]
-    batches = Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
-    losses, norms, entropies, cosines = map(np.asarray, agent.task_statistics(state, batches, normalizer.max_return))
-    values, arrays = {}, {"gradient_cosine": cosines}
-    for name, array in (("td_loss", losses), ("gradient_norm", norms), ("entropy", entropies)):
-        arrays[name] = array
-        values |= {f"tasks/{name}/{task}": value for task, value in zip(tasks, array, strict=True)}
-        values[f"relative_variance/{name}"] = array.std() / max(abs(array.mean()), 1e-12)
-    if len(tasks) > 1:
-        values["gradient_conflict_rate"] = (cosines[np.triu_indices(len(tasks), 1)] < 0).mean()
-        if (embeddings := agent.embeddings(state.critic)) is not None:
-            arrays["embedding"] = np.asarray(embeddings)
-    logger.scalars(values, step)
-    (run_dir / "statistics").mkdir(exist_ok=True)
-    np.savez(run_dir / "statistics" / f"{step}.npz", task=np.array(tasks), **arrays)
-
-
-# --------------------------------------------------------------------------------------- logging and checkpoints
-
-SCRIPT = "brc_sac_continuous"
-PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
-RESUMABLE = {  # arguments that a resumed run may change
-    "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "save_replay",
-    "capture_video", "log_task_statistics", "track", "wandb_project", "env_backend", "resume",
-}  # fmt: skip
-LOG_EVERY = 500  # vector steps between TensorBoard points and checks for non-finite losses
+LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
 
 
-def file_name(task: str) -> str:
-    return task.replace("/", "-").replace(":", "-")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that a crash or a full disk leaves the old one."""
-    partial_path = path.with_name(f".partial-{path.name}")
-    partial_path.write_text(text, newline="")
-    partial_path.replace(path)
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit status 2."""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
-    args = tyro.cli(Args, args=argv, config=(tyro.conf.AvoidSubcommands,))
+    args = tyro.cli(Args, args=argv)
     if not args.resume:
         released = getattr(args, "variant", "paper") == "released-code"
-        return tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args
+        return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
     path = Path(args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -1353,13 +1475,232 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if changed:
         names = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise UserError(f"a resumed run cannot change {names}; start a new run instead")
+    return check_ranges(args)
+
+
+def check_ranges(args: Args) -> Args:
+    """Raises UserError for a number, also in a tuple, outside the interval that stands beside its field in Args."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        value = getattr(args, name)
+        for interval in getattr(hint, "__metadata__", ()) if value is not None else ():
+            low, high = map(float, interval[1:-1].split(","))
+            for number in (value or (math.nan,)) if isinstance(value, tuple) else (value,):  # no tuple may be empty
+                inside = low <= number <= high and not (number == low and interval[0] == "(")
+                if not inside or (number == high and interval[-1] == ")"):
+                    raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
     return args
 
 
-def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
-    """What args.json holds besides the arguments."""
+def file_name(task: str) -> str:
+    return task.replace("/", "-").replace(":", "-")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that a crash or a full disk leaves the old one."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    partial_path.write_text(text, newline="")
+    partial_path.replace(path)
+
+
+class Run:
+    """A run directory, owned by one process: curves, progress, signals, checkpoints, resume. Use it in a `with`.
+
+    step, updates: vector steps (offline: batches) and gradient steps done so far. stop: filled by the first Ctrl-C or
+    SIGTERM, upon which the run writes a checkpoint and ends; a second signal ends the process at once.
+    """
+
+    def __init__(self, args: Args, name: str, total: int, unit: str = "step", experiment: str = ""):
+        if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
+            os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
+        self.args, self.total, self.unit, self.stop = args, total, unit, []
+        self.step, self.updates, self.last_evaluation, self.rows = 0, 0, -1, []
+        self.seconds, self.tensorboard, self.bar, self.wandb = 0.0, None, None, None
+        name = args.run_name or f"{file_name(name)}__{experiment or args.exp_name}__{args.seed}__{int(time.time())}"
+        self.directory = Path(args.resume) if args.resume else Path(args.run_root) / name
+        if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
+            go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
+            raise UserError(f"{self.directory} holds a run: {go_on}")
+        self.created = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
+        except BlockingIOError as error:
+            os.close(self.lock)
+            raise UserError(f"{self.directory} is in use by another process") from error
+        except OSError:  # a file system without locks
+            pass
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for part in (self.bar, self.tensorboard):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.lock is not None:
+            os.close(self.lock)
+        with contextlib.suppress(OSError):
+            for path in self.created:
+                path.rmdir()  # where nothing was written
+        if isinstance(error, FloatingPointError):
+            good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
+            last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+            raise UserError(f"not finite at step {self.step:,}: {error}; {last}") from error
+
+    def seeds(self) -> list[int]:
+        """Two seeds, of training and evaluation environments; a resumed run does not repeat its beginning."""
+        resumed_at = (checkpoint_steps(self.directory) or [0])[0]
+        return np.random.SeedSequence([self.args.seed, resumed_at]).generate_state(2).tolist()
+
+    def restore(self, state, replay=None) -> tuple[Any, dict | None]:
+        """With --resume the learner and counters of the newest undamaged checkpoint, and fills `replay`; else the given
+        state and None."""
+        if not self.args.resume:
+            return state, None
+        state, counters = load_checkpoint(self.directory, state, replay)
+        self.step, self.updates, self.seconds = counters["step"], counters["updates"], counters["wall_time"]
+        self.last_evaluation = counters["last_evaluation"]
+        if self.step > self.total or self.last_evaluation >= self.total:  # else its last evaluation is missing
+            longer = "--total-updates" if self.unit == "update" else "--total-timesteps"
+            raise UserError(f"{self.directory} is finished (step {self.step:,}); to go on, give a larger {longer}")
+        print(f"resumed {self.directory} at step {self.step:,}")
+        return state, counters
+
+    def start(self, **information) -> None:
+        """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
+        What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        information = {**asdict(self.args), **run_information(), **information}
+        replace_file(self.directory / "args.json", json.dumps(information, indent=2))
+        print(f"device: {information['device']}; run directory: {self.directory}")
+        if self.total == 0:
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda s, frame: (self.stop.append(s), signal.signal(s, signal.SIG_DFL)))
+        curve, rows = self.directory / "eval.csv", []
+        if curve.exists():
+            rows = [row for row in csv.DictReader(curve.open()) if None not in row.values()]  # whole ones
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, EVAL_COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= self.last_evaluation)
+        replace_file(curve, text.getvalue())
+        if self.args.track:
+            about = {"project": self.args.wandb_project, "name": self.directory.name, "id": self.directory.name}
+            try:
+                import wandb
+
+                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=information, **about)
+            except Exception as error:  # not installed, not logged in, no network
+                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
+                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
+        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1 if self.step else None)
+        quiet = 0.5 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=self.total, initial=self.step, unit=self.unit, mininterval=quiet)
+        self.started, self.logged = time.time() - self.seconds, (time.time(), self.step)
+        self.saved = self.step, self.last_evaluation
+
+    def evaluation_due(self) -> bool:
+        due = self.step % self.args.eval_every == 0 or self.step == self.total or self.last_evaluation < 0
+        return due and self.last_evaluation < self.step and not self.stop
+
+    def checkpoint_due(self) -> bool:
+        due = self.step % self.args.checkpoint_every == 0 or self.step == self.total or bool(self.stop)
+        return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
+
+    def over(self) -> bool:
+        return self.step == self.total or bool(self.stop)
+
+    def log_due(self) -> bool:
+        return self.step % LOG_EVERY == 0
+
+    def advance(self, updates: int) -> None:
+        """Counts a step with so many updates."""
+        self.step, self.updates = self.step + 1, self.updates + updates
+        self.bar.update()
+
+    def log(self, values: dict) -> None:
+        """Scalars and the speed since the last call. Raises FloatingPointError for a value that is not finite."""
+        check_finite(values)
+        now, (before, step) = time.time(), self.logged
+        speed = {f"speed/{self.unit}s_per_second": (self.step - step) / (now - before), "updates": self.updates}
+        self.scalars({**values, **speed})
+        self.logged = now, self.step
+
+    def scalars(self, values: dict) -> None:
+        """Points of this step in TensorBoard and W&B."""
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, float(value), self.step)
+        if self.wandb:
+            self.wandb.log({**values, "step": self.step})
+
+    def log_evaluation(self, rows: list[dict] | None) -> bool:
+        """Writes one row per task to eval.csv and shows the means; False if a signal cut the evaluation (rows None)."""
+        if rows is None:
+            return False
+        self.last_evaluation = self.step
+        counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.time() - self.started, 2)}
+        self.rows, values = [{**counts, **row} for row in rows], {}
+        with (self.directory / "eval.csv").open("a", newline="") as file:
+            csv.DictWriter(file, EVAL_COLUMNS).writerows(self.rows)
+        for column in ("return", "success", "score"):
+            if found := {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}:
+                totals = {name: float(mean(list(found.values()))) for name, mean in AGGREGATES.items()}
+                values |= {**found, **{f"eval/{name}_{column}": total for name, total in totals.items()}}
+                self.bar.set_postfix({column: f"{totals['mean']:.3f}"}, refresh=False)
+        self.scalars(values)
+        return True
+
+    def save(self, state, replay=None, **counters) -> None:
+        """Writes a checkpoint. Raises FloatingPointError, before anything is written, if a parameter is not finite."""
+        for leaf in jax.tree.leaves(state):
+            if leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
+                raise FloatingPointError("parameters")
+        counters |= {
+            "step": self.step, "updates": self.updates, "last_evaluation": self.last_evaluation,
+            "wall_time": time.time() - self.started,
+        }  # fmt: skip
+        try:
+            save_checkpoint(self.directory, self.step, state, replay, counters, self.args.keep_checkpoints)
+        except Exception as error:  # Orbax reports a full disk in exceptions of its own
+            if "No space left" not in str(error):
+                raise
+            shutil.rmtree(self.directory / "checkpoints" / f".partial-{self.step}", ignore_errors=True)
+            raise UserError(
+                f"disk full while writing the checkpoint of step {self.step:,}; earlier ones are whole: free space, "
+                f"then continue with --resume {self.directory}"
+            ) from error
+        self.saved = self.step, self.last_evaluation
+
+    def finish(self) -> None:
+        """Says how the run ended: the last evaluation, or how to go on."""
+        self.bar.close()
+        if self.stop and self.last_evaluation < self.total:
+            resume = f"; continue with --resume {self.directory}" if checkpoint_steps(self.directory) else ""
+            print(f"stopped at step {self.step:,}{resume}")
+            return
+        width = max([len(row["task"]) for row in self.rows], default=4)
+        print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
+        for row in self.rows:
+            print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
+        if scores := [row["score"] for row in self.rows if row["score"] != ""]:
+            for name, mean in AGGREGATES.items():
+                print(f"{name:<{width}} {'':>10} {'':>8} {mean(scores):>7.3f}")
+
+
+def check_finite(values: dict) -> None:
+    """Raises FloatingPointError that names the values that are not finite."""
+    if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+        raise FloatingPointError(", ".join(bad))
+
+
+def run_information() -> dict:
+    """Versions, device and commit, for args.json."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
@@ -1369,54 +1710,11 @@ def run_information(tasks: list[str], envs: ParallelEnvs) -> dict:
             versions[package] = version(package)
         except ImportError:
             versions[package] = None
-    env_info = {
-        "num_tasks": len(tasks), "task_names": tasks, "observation_dim": envs.observation_dim,
-        "action_dim": envs.action_dim, "observation_dims": envs.observation_dims, "action_dims": envs.action_dims,
-    }  # fmt: skip
-    device = jax.devices()[0].device_kind
-    return {"script": SCRIPT, "env_info": env_info, "versions": versions, "device": device, "git_commit": commit}
+    return {"script": SCRIPT, "versions": versions, "device": jax.devices()[0].device_kind, "git_commit": commit}
 
 
-class Logger:
-    """eval.csv, TensorBoard and, with --track, Weights & Biases. What came after a resume's checkpoint is dropped."""
-
-    def __init__(self, args: Args, run_dir: Path, step: int, last_evaluation: int):
-        self.csv = run_dir / "eval.csv"
-        rows = []
-        if self.csv.exists():
-            whole_rows = [row for row in csv.DictReader(self.csv.open()) if None not in row.values()]
-            rows = [row for row in whole_rows if int(row["step"]) <= last_evaluation]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, EVAL_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        replace_file(self.csv, text.getvalue())
-        self.tensorboard = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
-        self.wandb = None
-        if args.track:
-            about = {"project": args.wandb_project, "name": run_dir.name, "id": run_dir.name, "config": asdict(args)}
-            try:
-                import wandb
-
-                self.wandb = wandb.init(resume="allow", dir=str(run_dir), **about)
-            except Exception as error:  # not installed, not logged in, no network
-                ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
-                raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, float(value), step)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})
-
-    def evaluation(self, rows: list[dict]) -> None:
-        with self.csv.open("a", newline="") as file:
-            csv.DictWriter(file, EVAL_COLUMNS).writerows(rows)
-
-    def close(self) -> None:
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+def parameter_count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def checksum(path: Path) -> int:
@@ -1427,8 +1725,13 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay, counters: dict, keep: int) -> None:
-    """Writes checkpoints/<step>/: learner state (Orbax), replay, counters, and a checksum of every file.
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, newest first."""
+    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+
+
+def save_checkpoint(run_dir: Path, step: int, state, replay, counters: dict, keep: int) -> None:
+    """Writes checkpoints/<step>/: learner state (a NamedTuple, by Orbax), replay, counters, and every file's checksum.
 
     The directory is renamed into place when complete. Replay is written once: a checkpoint holds the slots since the
     previous one and hard links to the older pieces.
@@ -1442,36 +1745,15 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
     (partial_path / "replay").mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((partial_path / "state").absolute(), state._asdict())
-    first, files = 0, {}
-    if found := [s for s in checkpoint_steps(run_dir) if s < step]:
-        previous = root / str(found[0])
-        try:
-            known = read_counters(previous)["files"]
-        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
-            known = {}
-        for name in sorted(name for name in known if name.startswith("replay/")):
-            end = int(Path(name).stem.split("-")[1])
-            first = max(first, end)
-            if end > replay.inserted - replay.slots:  # older pieces were overwritten in the ring
-                files[name] = known[name]  # its checksum when it was written: a new one would hide damage
-                try:
-                    os.link(previous / name, partial_path / name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(previous / name, partial_path / name)
-    first = max(first, replay.inserted - replay.slots + 1)
-    slots = np.arange(first, replay.inserted + 1) % replay.slots  # with the waiting slot: it holds the last observation
-    with (partial_path / f"replay/{first:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
-        header = {"fortran_order": False, "shape": (len(replay.valid), len(slots))}
-        for task in range(len(replay.valid)):  # one at a time: a copy of the whole replay may not fit in memory
-            records = replay.records(task, slots)
-            if task == 0:
-                np.lib.format.write_array_header_1_0(piece, {**header, "descr": records.dtype.descr})
-            piece.write(records)
+    files = {}
+    if replay is not None:
+        files = save_replay_piece(root, step, partial_path, replay)
+        counters["replay_inserted"] = replay.inserted
     for file in sorted(partial_path.rglob("*")):
         name = str(file.relative_to(partial_path))
         if file.is_file() and name not in files:
             files[name] = checksum(file)
-    contents = {**counters, "replay_inserted": replay.inserted, "files": files}
+    contents = {**counters, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
     (partial_path / "checkpoint.json").write_text(json.dumps(contents))
     shutil.rmtree(path, ignore_errors=True)
@@ -1480,9 +1762,35 @@ def save_checkpoint(run_dir: Path, step: int, state: AgentState, replay: Replay,
         shutil.rmtree(root / str(old))
 
 
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, newest first."""
-    return sorted((int(p.name) for p in (run_dir / "checkpoints").glob("[0-9]*") if p.name.isdigit()), reverse=True)
+def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict[str, int]:
+    """Links the previous checkpoint's pieces of replay into a new one and writes the slots since then as another.
+
+    Returns the checksums of the linked pieces: those of when they were written, as new ones would hide damage.
+    """
+    first, files = 0, {}
+    if found := [s for s in checkpoint_steps(root.parent) if s < step]:
+        previous = root / str(found[0])
+        try:
+            known = read_counters(previous)["files"]
+        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        for name in sorted(name for name in known if name.startswith("replay/")):
+            end = int(Path(name).stem.split("-")[1])
+            first = max(first, end)
+            if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
+                files[name] = known[name]
+                try:
+                    os.link(previous / name, partial_path / name)
+                except OSError:  # a file system without hard links
+                    shutil.copy2(previous / name, partial_path / name)
+    # with the slot at the head: it holds the last observation
+    numbers = np.arange(max(first, replay.inserted - replay.slots.shape[1] + 1), replay.inserted + 1)
+    with (partial_path / f"replay/{numbers[0]:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
+        header = {"descr": replay.slots.dtype.descr, "fortran_order": False, "shape": (len(replay.slots), len(numbers))}
+        np.lib.format.write_array_header_1_0(piece, header)
+        for slots in replay.slots:  # one task at a time: a copy of the whole replay may not fit in memory
+            piece.write(slots[numbers % len(slots)])
+    return files
 
 
 def read_counters(path: Path) -> dict:
@@ -1493,7 +1801,7 @@ def read_counters(path: Path) -> dict:
     return counters
 
 
-def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[AgentState, dict]:
+def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
@@ -1504,15 +1812,15 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
             with ocp.StandardCheckpointer() as checkpointer:
-                state = AgentState(**checkpointer.restore((path / "state").absolute(), state._asdict()))
-            for piece in sorted((path / "replay").iterdir()):
+                state = type(state)(**checkpointer.restore((path / "state").absolute(), state._asdict()))
+            for piece in sorted((path / "replay").iterdir()) if replay is not None else ():
+                ring, inserted = replay.slots.shape[1], counters["replay_inserted"]
                 first, last = map(int, piece.stem.split("-"))
-                keep = slice(max(first, counters["replay_inserted"] - replay.slots + 1) - first, None)
-                records = np.load(piece, mmap_mode="r", allow_pickle=False)[:, keep]
-                slots = np.arange(last + 1 - records.shape[1], last + 1) % replay.slots
-                for task in range(len(records)):
-                    replay.load_records(task, slots, records[task])
-            replay.inserted = counters["replay_inserted"]
+                saved = np.load(piece, mmap_mode="r", allow_pickle=False)[:, max(0, inserted - ring + 1 - first) :]
+                numbers = np.arange(last + 1 - saved.shape[1], last + 1) % ring
+                for slots, records in zip(replay.slots, saved, strict=True):
+                    slots[numbers] = records
+                replay.inserted = inserted
             for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
                 with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
                     damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
@@ -1523,202 +1831,6 @@ def load_checkpoint(run_dir: Path, state: AgentState, replay: Replay) -> tuple[A
     raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
 
 
-def save_replay(directory: Path, replay: Replay, tasks: list[str], envs: ParallelEnvs) -> None:
-    """One structured .npy per task, oldest slot first; invalid slots hold the final observation of their episode."""
-    directory.mkdir(exist_ok=True)
-    slots = np.arange(replay.inserted - replay.size, replay.inserted + 1) % replay.slots
-    for task, name in enumerate(tasks):
-        records = replay.records(task, slots, envs.observation_dims[task], envs.action_dims[task])
-        np.save(directory / f"{file_name(name)}.npy", records)
-
-
-# ---------------------------------------------------------------------------------------------------------- main
-
-
-def main(args: Args) -> None:
-    """Trains one agent on the tasks of `args`; everything it writes is in its run directory."""
-    if args.list_tasks:
-        return list_tasks()
-    check_args(args)
-    tasks, total_timesteps = resolve_tasks(args)
-    args.batch_size = args.batch_size or (1024 if len(tasks) > 1 else 256)
-    if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
-    run_name = args.run_name or f"{args.suite or file_name(tasks[0])}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume) if args.resume else Path(args.run_root) / run_name
-    if not args.resume and (run_dir / "checkpoints").exists():
-        raise UserError(f"{run_dir} holds a run: continue it with --resume {run_dir}, or choose another --run-name")
-
-    resumed_at = (checkpoint_steps(run_dir) or [0])[0]
-    env_seed, eval_seed = np.random.SeedSequence([args.seed, resumed_at]).generate_state(2)
-    envs = ParallelEnvs(tasks, 1, int(env_seed), args.env_backend)
-    num_tasks, observation_dim, action_dim = len(tasks), envs.observation_dim, envs.action_dim
-    agent = make_agent(args, num_tasks, observation_dim, action_dim, envs.action_dims)
-    state = agent.init(args.seed)
-    replay = Replay(num_tasks, min(args.buffer_size, max(total_timesteps, 1) + 1000), observation_dim, action_dim)
-    normalizer = ReturnNormalizer(num_tasks, args.discount)
-    rng = np.random.default_rng(args.seed)
-    step, updates, wall_time, last_evaluation = 0, 0, 0.0, -1
-    if args.resume:
-        state, counters = load_checkpoint(run_dir, state, replay)
-        step, updates = counters["step"], counters["updates"]
-        wall_time, last_evaluation = counters["wall_time"], counters["last_evaluation"]
-        normalizer.max_return = np.array(counters["max_return"], np.float32)
-        rng.bit_generator.state = counters["rng"]
-        if step > total_timesteps or last_evaluation >= total_timesteps:  # else its last evaluation is missing
-            raise UserError(f"{run_dir} is finished (step {step:,}); to go on, give a larger --total-timesteps")
-        print(f"resumed {run_dir} at step {step:,}")
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    information = {**asdict(args), "total_timesteps": total_timesteps, **run_information(tasks, envs)}
-    replace_file(run_dir / "args.json", json.dumps(information, indent=2))
-    critic_size, actor_size = parameter_count([state.critic, state.target_critic]), parameter_count(state.actor)
-    print(f"tasks: {num_tasks}, |S| = {observation_dim}, |A| = {action_dim}; device: {information['device']}")
-    print(f"parameters: {critic_size:,} in critics and targets, {actor_size:,} in the actor; run directory: {run_dir}")
-    if total_timesteps == 0:
-        envs.close()
-        return
-
-    stop: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a second signal ends the process at once
-        signal.signal(signum, lambda s, frame: (stop.append(s), signal.signal(s, signal.SIG_DFL)))
-    logger = Logger(args, run_dir, step, last_evaluation)
-    eval_envs = ParallelEnvs(tasks, eval_copies(num_tasks, args.eval_episodes), int(eval_seed), args.env_backend)
-    task_ids = jnp.arange(num_tasks)
-    act_key = jax.random.PRNGKey(args.seed + 1)
-    started, saved, last_log = time.time() - wall_time, (step, last_evaluation), (time.time(), step)
-    episode_return, train_returns, rows, metrics = np.zeros(num_tasks), {}, [], None
-    done = np.zeros(num_tasks, bool)
-    observations = envs.reset()
-    replay.start(observations)
-    bar = tqdm(total=total_timesteps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    with bar as progress:
-        while True:
-            if (step % args.eval_every == 0 or step == total_timesteps) and last_evaluation < step and not stop:
-                results = evaluate(agent, state, eval_envs, args.eval_episodes, stop)
-                if results is not None:
-                    last_evaluation, wall_time = step, time.time() - started
-                    rows = evaluation_rows(tasks, results, step, updates, wall_time)
-                    logger.evaluation(rows)
-                    values = {}
-                    for column in ("return", "success", "score"):
-                        found = {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}
-                        if found:
-                            values |= {**found, f"eval/mean_{column}": np.mean(list(found.values()))}
-                            progress.set_postfix({column: f"{values[f'eval/mean_{column}']:.3f}"}, refresh=False)
-                    logger.scalars(values, step)
-                    if args.log_task_statistics and step > args.learning_starts and not stop:
-                        log_task_statistics(agent, state, replay, normalizer, tasks, run_dir, logger, step)
-                    for task_id, task in enumerate(tasks if args.capture_video and not stop else []):
-                        path = run_dir / "videos" / f"{file_name(task)}-{step}.mp4"
-                        try:
-                            record_video(agent, state, task, task_id, observation_dim, path, stop)
-                        except Exception as error:  # a graphics library or a package for drawing may be missing
-                            progress.write(f"warning: no video of {task}: {error}", file=sys.stderr)
-            due = step % args.checkpoint_every == 0 or step == total_timesteps or stop
-            if due and step > 0 and (step, last_evaluation) != saved:
-                check_finite({**(metrics or {}), "parameters": agent.parameter_norm(state)}, run_dir, step)
-                counters = {
-                    "step": step, "updates": updates, "wall_time": time.time() - started,
-                    "last_evaluation": last_evaluation, "max_return": normalizer.max_return.tolist(),
-                    "rng": rng.bit_generator.state,
-                }  # fmt: skip
-                try:
-                    save_checkpoint(run_dir, step, state, replay, counters, args.keep_checkpoints)
-                except Exception as error:  # Orbax reports a full disk in exceptions of its own
-                    if "No space left" not in str(error):
-                        raise
-                    shutil.rmtree(run_dir / "checkpoints" / f".partial-{step}", ignore_errors=True)
-                    raise UserError(
-                        f"disk full while writing the checkpoint of step {step:,}; earlier ones are whole: free space, "
-                        f"then continue with --resume {run_dir}"
-                    ) from error
-                saved = step, last_evaluation
-            if step == total_timesteps or stop:
-                break
-
-            # 1. act with the newest policy
-            if step < args.learning_starts:
-                actions = rng.uniform(-1, 1, (num_tasks, action_dim)).astype(np.float32) * envs.action_mask
-            else:
-                actions = np.asarray(agent.act(state.actor, state.critic, act_key, step, observations, task_ids))
-            envs.send(actions)
-            # 2. while the environments step, the device updates
-            if step >= args.learning_starts:
-                batches = replay.sample(rng, args.utd, args.batch_size)
-                state, metrics = agent.update(state, batches, normalizer.max_return)
-                updates += args.utd
-            # 3. receive and store; the step after done was a reset, not a transition
-            observations, rewards, terminated, truncated, _ = envs.recv()
-            for task in np.flatnonzero(~(np.isfinite(rewards) & np.isfinite(observations).all(axis=1))):
-                check_finite({f"observation or reward of {tasks[task]}": np.nan}, run_dir, step)
-            valid, done = ~done, ~done & (terminated | truncated)
-            replay.insert(actions, rewards, terminated, valid, observations)
-            bootstrap = None
-            if args.truncation_bootstrap == "critic" and (truncated & valid).any():
-                bootstrap = np.asarray(agent.value(state, observations, normalizer.max_return))
-            normalizer.update(rewards, terminated, truncated, valid, bootstrap)
-            step += 1
-            progress.update()
-
-            episode_return += np.where(valid, rewards, 0)
-            for task in np.flatnonzero(done):
-                train_returns[f"train/return/{tasks[task]}"] = episode_return[task]
-                episode_return[task] = 0
-            if step % LOG_EVERY == 0:
-                check_finite(metrics, run_dir, step)
-                now = time.time()
-                values = {f"normalizer/{task}": g for task, g in zip(tasks, normalizer.max_return, strict=True)}
-                values["speed/steps_per_second"] = (step - last_log[1]) / (now - last_log[0])
-                logger.scalars({**(metrics or {}), **train_returns, **values, "updates": updates}, step)
-                train_returns, last_log = {}, (now, step)
-
-    if args.save_replay:
-        save_replay(run_dir / "replay", replay, tasks, envs)
-    logger.close()
-    envs.close()
-    eval_envs.close()
-    if stop and last_evaluation < total_timesteps:
-        print(f"stopped at step {step:,}" + f"; continue with --resume {run_dir}" * bool(checkpoint_steps(run_dir)))
-    else:
-        print_table(rows)
-
-
-def evaluation_rows(tasks: list[str], results, step: int, updates: int, wall_time: float) -> list[dict]:
-    """Rows of eval.csv, one per task; empty where a column has no meaning."""
-    rows = []
-    for task, returns, successes in zip(tasks, *results, strict=True):
-        score = normalized_score(task, returns.mean(), successes.mean())  # linear in both
-        rows.append({
-            "step": step, "updates": updates, "wall_time": round(wall_time, 2), "task": task, "episodes": len(returns),
-            "return": round(float(returns.mean()), 4),
-            "success": "" if np.isnan(successes.mean()) else round(float(successes.mean()), 5),
-            "score": "" if np.isnan(score) else round(float(score), 5),
-        })  # fmt: skip
-    return rows
-
-
-def print_table(rows: list[dict]) -> None:
-    """Last evaluation of every task."""
-    width = max([len(row["task"]) for row in rows], default=4)
-    print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
-    for row in rows:
-        print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")
-    scores = [row["score"] for row in rows if row["score"] != ""]
-    if scores:
-        print(f"{'mean':<{width}} {'':>10} {'':>8} {np.mean(scores):>7.3f}")
-
-
-def check_finite(metrics: dict | None, run_dir: Path, step: int) -> None:
-    """Stops the run when a loss or gradient is not finite, before it could reach a checkpoint."""
-    bad = [name for name, value in (metrics or {}).items() if not np.isfinite(value)]
-    if bad:
-        last = checkpoint_steps(run_dir)[:1]
-        good = f"the last good checkpoint is {run_dir}/checkpoints/{last[0]}" if last else "there is no checkpoint yet"
-        raise UserError(f"not finite at step {step:,}: {', '.join(bad)}; {good}")
-
-
 if __name__ == "__main__":
     try:
         main(parse_args())
@@ -1727,7 +1839,7 @@ if __name__ == "__main__":
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             message = f"disk full ({error.filename or 'run directory'}): free space, then --resume the run directory"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
-            message = "out of memory: lower --critic-width, --batch-size or --buffer-size"
+            message = "out of memory: lower the width, --batch-size or, online, --buffer-size"
         elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -32,7 +32,7 @@ TYPES = {"step": int, "updates": int, "task": str, "target": str, "method": str,
 def normalized_score(task: str, value: float) -> float:
     """E.3's score of a published value, which is a success rate for metaworld and shadowhand and a return elsewhere."""
     if task.startswith("atari/"):
-        return drq.normalized_score(task, value, np.nan)
+        return drq.normalized_score(task, value)
     try:
         return sac.normalized_score(task, value, value)
     except KeyError:  # a HumanoidBench task without a row in Table 2

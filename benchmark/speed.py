@@ -97,6 +97,11 @@ def random_frames(utd: int, batch_size: int, num_actions: int, num_tasks: int) -
     return drq.Batch(frames, actions, returns, discounts, next_frames, rng.integers(num_tasks, size=shape))
 
 
+def no_evaluation(act, envs, episodes, stop) -> list[dict]:
+    """In place of a script's evaluate: rows of eval.csv without a step."""
+    return [{"task": task, "episodes": 1, "return": 0.0, "success": "", "score": ""} for task in envs.tasks]
+
+
 def matmul_flops(args: brc.Args, observation_dim: int, action_dim: int, embedding_dim: int) -> float:
     """Multiply-adds x 2 of the matrix products of one vector step's updates, counted by hand.
 
@@ -296,16 +301,13 @@ class Steps:
                 marks.append(time.perf_counter())
                 return super().update(n)
 
-        def evaluate(agent, state, envs, *_):
-            return (np.zeros((len(self.env_ids), 1)),) * 2
-
         warm_up, starts = 20, 100
         argv = ["--env-ids", *self.env_ids, "--critic-width", self.critic_width, "--batch-size", self.batch_size,
                 "--learning-starts", starts, "--total-timesteps", starts + warm_up + self.steps, "--eval-every", 10**9,
                 "--eval-episodes", 1, "--checkpoint-every", 10**9]  # fmt: skip
         if module is drq:
             argv += ["--encoder-channels", *self.encoder_channels]
-        module.tqdm, module.evaluate = Progress, evaluate
+        module.tqdm, module.evaluate = Progress, no_evaluation
         try:
             run_script([str(word) for word in argv], make_agent, Envs if serial else None, module)
         finally:
@@ -370,7 +372,7 @@ class Loop:
 
         original_make_agent = brc.make_agent
         patched = [(brc.Replay, "sample", "replay"), (brc.Replay, "insert", "replay"),
-                   (brc.ReturnNormalizer, "update", "normalizer"), (brc.Logger, "scalars", "logging")]  # fmt: skip
+                   (brc.ReturnNormalizer, "update", "normalizer"), (brc.Run, "scalars", "logging")]  # fmt: skip
         originals = [getattr(owner, name) for owner, name, _ in patched] + [brc.tqdm]
         for owner, name, label in patched:
             setattr(owner, name, timed(label, getattr(owner, name)))
@@ -456,11 +458,8 @@ class Overlap:
                 marks.append(time.perf_counter())
                 return super().update(n)
 
-        def evaluate(agent, state, envs, episodes, stop):
-            return np.zeros((1, 1)), np.zeros((1, 1))
-
         rows, originals = [], (brc.tqdm, brc.evaluate)
-        brc.tqdm, brc.evaluate = Progress, evaluate
+        brc.tqdm, brc.evaluate = Progress, no_evaluation
         try:
             for ratio in self.ratios:
                 update_seconds = seconds_per_call(update, 3)

@@ -527,18 +527,18 @@ def test_critics_start_different_and_their_targets_equal():
     assert math.exp(state.log_temperature) == pytest.approx(args.initial_temperature)
 
 
-@pytest.mark.parametrize("network", ["actor", "critic", "target_critic"])
-def test_parameter_norm_tells_a_lost_network(network):
-    _, agent = make(**MSE)
+@pytest.mark.parametrize("part", ["actor", "critic", "target_critic", "critic_optimizer"])
+def test_no_checkpoint_of_a_lost_network(part, tmp_path, own_signal_handlers):
+    args, agent = make(run_root=str(tmp_path), run_name="run", **MSE)
     state = random_state(agent)
-    parameters = np.concatenate(
-        [np.ravel(x) for x in jax.tree.leaves((state.actor, state.critic, state.target_critic))]
-    )
-    assert float(agent.parameter_norm(state)) == pytest.approx(np.linalg.norm(parameters), rel=1e-5)
-    first, *others = jax.tree.leaves(getattr(state, network))
-    leaves = [first.at[(0,) * first.ndim].set(jnp.nan), *others]
-    lost = jax.tree.unflatten(jax.tree.structure(getattr(state, network)), leaves)
-    assert math.isnan(agent.parameter_norm(state._replace(**{network: lost})))
+    *others, last = jax.tree.leaves(getattr(state, part))
+    leaves = [*others, last.at[(0,) * last.ndim].set(jnp.nan)]
+    lost = jax.tree.unflatten(jax.tree.structure(getattr(state, part)), leaves)
+    with pytest.raises(brc.UserError, match="not finite at step 5: parameters"), brc.Run(args, "task", 10) as run:
+        run.start()
+        run.step = 5
+        run.save(state._replace(**{part: lost}))
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 # ---------------------------------------------------------------------------------------------- guards of Eq. 3
@@ -641,7 +641,8 @@ def test_largest_return_is_bounded_by_the_largest_reward(critic, loss):
 
 
 def norms(agent: brc.Agent, state: brc.AgentState, order: int) -> np.ndarray:
-    return (abs(np.asarray(agent.embeddings(state.critic), np.float64)) ** order).sum(-1) ** (1 / order)
+    embeddings = np.asarray(agent.embed(state.critic, np.arange(NUM_TASKS)), np.float64)
+    return (abs(embeddings) ** order).sum(-1) ** (1 / order)
 
 
 def test_embeddings_have_norm_1_before_and_after_learning():
@@ -708,13 +709,13 @@ def test_single_task_with_one_mlp_critic_has_no_embedding():
     check_critic_step(1, **SINGLE)
     _, agent = make(1, **SINGLE)
     state = random_state(agent)
-    assert "embedding" not in state.critic and agent.embeddings(state.critic) is None
+    assert "embedding" not in state.critic
 
 
 def test_heads_learn_from_their_own_task_only():
     check_critic_step(**HEADS)
     args, agent = make(**HEADS)
-    assert agent.embeddings(random_state(agent).critic) is None
+    assert "embedding" not in random_state(agent).critic
     batch = make_batch(np.random.default_rng(0), task_ids=1)
     state, _ = agent.update(copy(random_state(agent)), batch, MAX_RETURN)
     for optimizer, per_head, count in (
@@ -799,7 +800,7 @@ def test_task_statistics_against_separate_gradients():
     args, agent = make(**SHALLOW)
     reference, batches = Reference(args), opposed_batches()
     state = opposed_state(agent)
-    td_loss, norm, entropy, cosine = map(np.asarray, agent.task_statistics(state, batches, UNIT_RETURN))
+    td_loss, norm, entropy, cosine = map(np.asarray, brc.task_statistics(agent, state, batches, UNIT_RETURN))
     function, gradients = jax.jit(jax.value_and_grad(reference.critic_loss)), []
     for task in range(NUM_TASKS):
         batch = jax.tree.map(lambda x, task=task: x[task], batches)
@@ -832,9 +833,9 @@ def read_scalars(run_dir) -> dict[str, float]:
     return scalars
 
 
-def test_log_task_statistics_writes_arrays_and_scalars(tmp_path):
+def test_log_task_statistics_writes_arrays_and_scalars(tmp_path, own_signal_handlers):
     """Replay holds, for each task, one transition again and again, so that every sampled batch is the same."""
-    args, agent = make(**SHALLOW)
+    args, agent = make(run_root=str(tmp_path), run_name="run", **SHALLOW)
     tasks, step = ["dmc/walker-run", "metaworld/reach", "gym/Pendulum-v1"], 75
     one = jax.tree.map(lambda x: x[:, 0], opposed_batches())
     replay = brc.Replay(NUM_TASKS, 20, OBSERVATION_DIM, ACTION_DIM)
@@ -844,22 +845,24 @@ def test_log_task_statistics_writes_arrays_and_scalars(tmp_path):
     normalizer = brc.ReturnNormalizer(NUM_TASKS, 0.99)
     normalizer.max_return[:] = UNIT_RETURN
     state = opposed_state(agent)
-    logger = brc.Logger(args, tmp_path, 0, -1)
-    brc.log_task_statistics(agent, state, replay, normalizer, tasks, tmp_path, logger, step, batch_size=BATCH)
-    logger.close()
+    with brc.Run(args, "task", 100) as run:
+        run.start()
+        run.step = step
+        brc.log_task_statistics(agent, state, replay, normalizer, tasks, run, batch_size=BATCH)
 
     batches = jax.tree.map(lambda x: np.repeat(x[:, None], BATCH, axis=1), one)._replace(
         task_ids=opposed_batches().task_ids
     )
-    expected = dict(zip(("td_loss", "gradient_norm", "entropy", "gradient_cosine"),
-                        map(np.asarray, agent.task_statistics(state, batches, UNIT_RETURN)), strict=True))  # fmt: skip
-    saved = np.load(tmp_path / "statistics" / f"{step}.npz", allow_pickle=False)
+    names = ("td_loss", "gradient_norm", "entropy", "gradient_cosine")
+    found = brc.task_statistics(agent, state, batches, UNIT_RETURN)
+    expected = dict(zip(names, map(np.asarray, found), strict=True))
+    saved = np.load(tmp_path / "run/statistics" / f"{step}.npz", allow_pickle=False)
     assert saved["task"].tolist() == tasks
-    np.testing.assert_allclose(saved["embedding"], agent.embeddings(state.critic))
+    np.testing.assert_allclose(saved["embedding"], agent.embed(state.critic, np.arange(NUM_TASKS)))
     for name in ("td_loss", "gradient_norm", "gradient_cosine"):
         np.testing.assert_allclose(saved[name], expected[name], rtol=1e-3, atol=1e-4)
 
-    scalars = read_scalars(tmp_path)
+    scalars = read_scalars(tmp_path / "run")
     for name in ("td_loss", "gradient_norm", "entropy"):
         for task, value in zip(tasks, saved[name], strict=True):
             assert scalars[f"tasks/{name}/{task}"] == pytest.approx(float(value), rel=1e-5)

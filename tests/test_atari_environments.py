@@ -19,6 +19,7 @@ import brc_drq_atari as brc
 
 GAMES = list(brc.ATARI)
 PIXELS = "gym/pixel_tasks:Pixel"
+TWO = [f"{PIXELS}Lives7-v0", f"{PIXELS}Truncates3-v0"]
 
 
 @pytest.fixture
@@ -35,9 +36,14 @@ def environments():
         envs.close()
 
 
-def step(envs: brc.ParallelEnvs, actions=0):
+def step(envs: brc.ParallelEnvs, actions=0) -> brc.Step:
     envs.send(np.broadcast_to(actions, envs.size))
     return envs.recv()
+
+
+def newest(envs: brc.ParallelEnvs, actions=None) -> np.ndarray:
+    """The frames [size, 84, 84] that a reset, or a step with these actions, shows."""
+    return (envs.reset() if actions is None else step(envs, actions).frames)[:, -1]
 
 
 # ------------------------------------------------------------------------------------------------------------- games
@@ -46,7 +52,7 @@ def step(envs: brc.ParallelEnvs, actions=0):
 def test_all_games_have_84_by_84_pixels_and_18_actions(environments):
     envs = environments([f"atari/{game}" for game in GAMES], backend="envpool")
     assert envs.action_dims == [18] * 46 and envs.action_dim == 18 and envs.size == 46
-    frames = [envs.reset(), step(envs)[0], step(envs, 17)[0]]
+    frames = [newest(envs), newest(envs, 0), newest(envs, 17)]
     for frame in frames:
         assert frame.shape == (46, 84, 84) and frame.dtype == np.uint8
     assert (frames[-1].reshape(46, -1).std(-1) > 5).all(), "a blank screen"
@@ -131,7 +137,7 @@ def test_games_end_after_half_an_hour(monkeypatch):
     envs.reset()
     ends = []
     for t in range(90):
-        _, _, terminated, truncated, _ = step(envs)
+        _, _, terminated, truncated, *_ = step(envs)
         assert not terminated.any()
         ends += [t] if truncated.all() else []
         assert truncated.all() or not truncated.any()
@@ -155,8 +161,9 @@ def test_lost_lives_are_told_and_do_not_end_the_game(backend, environments):
     envs.reset()
     rng, lost, ends, done = np.random.default_rng(0), 0, [], False
     for _ in range(700):
-        _, reward, terminated, truncated, life_lost = step(envs, rng.integers(18))
+        _, reward, terminated, truncated, life_lost, first, valid = step(envs, rng.integers(18))
         lost += bool(life_lost[0])
+        assert valid[0] != done and first[0] == (life_lost[0] or done)
         if done:
             assert reward[0] == 0 and not terminated[0] and not life_lost[0], "a reset step"
         done = bool(terminated[0])
@@ -169,7 +176,7 @@ def test_lost_lives_are_told_and_do_not_end_the_game(backend, environments):
 def test_seed_decides_the_game(backend, environments):
     def play(seed: int) -> np.ndarray:
         envs, rng = environments(["atari/boxing"], seed=seed, backend=backend), np.random.default_rng(1)
-        return np.concatenate([envs.reset(), envs.reset(), *(step(envs, rng.integers(18))[0] for _ in range(30))])
+        return np.concatenate([newest(envs), newest(envs), *(newest(envs, rng.integers(18)) for _ in range(30))])
 
     one, again, other = play(1), play(1), play(2)
     assert np.array_equal(one, again)
@@ -185,7 +192,7 @@ def test_rows_belong_to_their_own_copy(environments):
     assert envs.action_dims == [18, 3, 18] and envs.action_dim == 18
     actions = np.array([2, 0, 5, 2, 0, 3, 4])
     seeds = np.random.SeedSequence(4).generate_state(3) % 2**30
-    frames = [envs.reset(), *(step(envs, actions)[0] for _ in range(25))]
+    frames = [newest(envs), *(newest(envs, actions) for _ in range(25))]
     for rows, task, seed in ((slice(0, 3), tasks[0], seeds[0]), (slice(4, 7), tasks[2], seeds[2])):
         pool = brc.EnvPoolTask(task, 3, int(seed))
         np.testing.assert_array_equal(frames[0][rows], pool.reset())
@@ -208,13 +215,14 @@ def test_step_after_done_shows_the_next_games_first_frame_and_ignores_the_action
     """Both tasks in one run, with three and five actions."""
     envs = environments([f"{PIXELS}Terminates5-v0", f"{PIXELS}Truncates3-v0"])
     assert envs.action_dims == [3, 5] and envs.action_dim == 5
-    assert told(envs.reset()) == [(0, 0, -1)] * 2
+    assert told(newest(envs)) == [(0, 0, -1)] * 2
     seen = [[], []]
     for _ in range(7):
-        frames, rewards, terminated, truncated, life_lost = step(envs, [2, 4])
+        frames, rewards, terminated, truncated, life_lost, first, valid = step(envs, [2, 4])
         assert not life_lost.any()
-        for task, frame in enumerate(told(frames)):
+        for task, frame in enumerate(told(frames[:, -1])):
             seen[task].append((*frame, rewards[task], "T" * int(terminated[task]) + "t" * int(truncated[task])))
+            assert first[task] == (not valid[task]) == (frame[1] == 0)
     assert seen[0] == [
         (0, 1, 2, 1, ""), (0, 2, 2, 2, ""), (0, 3, 2, 3, ""), (0, 4, 2, 4, ""), (0, 5, 2, 5, "T"), (1, 0, -1, 0, ""),
         (1, 1, 2, 11, ""),
@@ -229,10 +237,37 @@ def test_lives_of_a_pixel_task(environments):
     """Lives are lost at steps 2, 5 and 7, the last of which ends the game; none is lost at the reset."""
     envs = environments([f"{PIXELS}Lives7-v0"])
     envs.reset()
-    flags = [(bool(terminated[0]), bool(life_lost[0])) for _, _, terminated, _, life_lost in
+    flags = [(bool(terminated[0]), bool(life_lost[0])) for _, _, terminated, _, life_lost, *_ in
              (step(envs) for _ in range(16))]  # fmt: skip
     game = [(t == 7, t in (2, 5, 7)) for t in range(1, 8)]
     assert flags == [*game, (False, False), *game, (False, False)]
+
+
+def test_statistics_of_games(environments):
+    """Return and length of each row's game, whole at its end, zero at the reset, then begun anew."""
+    envs = environments(TWO)
+    envs.reset()
+    seen = []
+    for _ in range(9):
+        done = step(envs).done
+        seen.append((*envs.episode_return, *envs.episode_length, *done))
+    assert seen == [  # returns, lengths, done: a game of 7 and one of 3 steps, then game 1, which pays 10 more a step
+        (1, 1, 1, 1, False, False), (3, 3, 2, 2, False, False), (6, 6, 3, 3, False, True), (10, 0, 4, 0, False, False),
+        (15, 11, 5, 1, False, False), (21, 23, 6, 2, False, False), (28, 36, 7, 3, True, True),
+        (0, 0, 0, 0, False, False), (11, 21, 1, 1, False, False),
+    ]  # fmt: skip
+    assert envs.last_returns == {f"train/return/{TWO[0]}": 28, f"train/return/{TWO[1]}": 36}
+
+
+def test_a_game_without_an_end(environments, monkeypatch):
+    """Only a task that was registered without a time limit has none."""
+    monkeypatch.setattr(brc, "MAX_GAME_STEPS", 9)
+    envs = environments([f"{PIXELS}Truncates20-v0"])
+    envs.reset()
+    for _ in range(18):
+        step(envs)
+    with pytest.raises(brc.UserError, match="Truncates20-v0 had no end within 18 steps: give it a time limit"):
+        step(envs)
 
 
 @pytest.mark.parametrize("name", ["OneChannel", "ChannelFirst"])
@@ -308,9 +343,6 @@ def test_a_worker_that_fails_is_reported_within_seconds(name, message):
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
-TWO = [f"{PIXELS}Lives7-v0", f"{PIXELS}Truncates3-v0"]
-
-
 class Copies:
     """Several copies of one task in this process, which reset on the step after done, as envpool has them."""
 
@@ -351,10 +383,8 @@ class Local(brc.ParallelEnvs):
 
 
 def evaluate(envs, episodes: int, stop=(), act=None):
-    """brc.evaluate with an agent that always takes action 1, or `act`."""
-    act = act or (lambda critic, key, step, frames, task_ids, epsilon: np.ones(len(task_ids), int))
-    agent = brc.Agent(*[None] * len(brc.Agent._fields))._replace(act=act)
-    return brc.evaluate(agent, SimpleNamespace(critic="critic"), envs, episodes, list(stop))
+    """brc.evaluate with a policy that always takes action 1, or `act`."""
+    return brc.evaluate(act or (lambda frames, task_ids: np.ones(len(task_ids), int)), envs, episodes, list(stop))
 
 
 @pytest.mark.parametrize(
@@ -367,30 +397,35 @@ def evaluate(envs, episodes: int, stop=(), act=None):
     ],
 )
 def test_evaluate_counts_whole_games(copies, returns):
-    result, successes = evaluate(Local(TWO, copies), 3)
-    assert [games.tolist() for games in result] == returns
-    assert [len(row) for row in successes] == [len(row) for row in returns]
-    assert all(np.isnan(row).all() for row in successes), "games have no success"
+    rows = evaluate(Local(TWO, copies), 3)
+    assert [row["task"] for row in rows] == TWO
+    assert [row["episodes"] for row in rows] == [len(games) for games in returns]
+    assert [row["return"] for row in rows] == [round(np.mean(games), 4) for games in returns]
+    assert all(row["success"] == row["score"] == "" for row in rows), "games have no success, nor these a human score"
 
 
 def test_evaluate_ignores_what_the_reset_step_pays():
     class PayingResets(Local):
-        def recv(self):
-            frames, rewards, *rest = super().recv()
-            return frames, rewards + 1000 * (frames[:, 0, 1] == 0), *rest
+        def make_pool(self, *arguments):
+            pool = super().make_pool(*arguments)
+            recv = pool.recv
 
-    returns, _ = evaluate(PayingResets(TWO, (1, 1)), 3)
-    assert [r.tolist() for r in returns] == [[28, 98, 168], [6, 36, 66]]
+            def paying():
+                frames, rewards, *rest = recv()
+                return frames, rewards + 1000 * (frames[:, 0, 1] == 0), *rest
+
+            pool.recv = paying
+            return pool
+
+    assert [row["return"] for row in evaluate(PayingResets(TWO, (1, 1)), 3)] == [98, 36]
 
 
 def test_what_the_agent_sees_in_evaluation():
-    """Stacks begin blank with every game and every life, as in training; exploration is 0.001."""
-    seen, epsilons = [], set()
+    """Stacks begin blank with every game and every life, as in training."""
+    seen = []
 
-    def act(critic, key, time_step, frames, task_ids, epsilon):
-        assert critic == "critic" and frames.shape == (2, 4, 84, 84) and task_ids.tolist() == [0, 1]
-        assert time_step == len(seen), "random actions must differ from step to step"
-        epsilons.add(epsilon)
+    def act(frames, task_ids):
+        assert frames.shape == (2, 4, 84, 84) and task_ids.tolist() == [0, 1]
         # the step that every frame of the first task's stack shows, "-" for a blank one
         seen.append("".join("-" if frame.max() == 0 else str(frame[0, 1]) for frame in frames[0]))
         return np.zeros(2, int)
@@ -398,15 +433,28 @@ def test_what_the_agent_sees_in_evaluation():
     evaluate(Local(TWO, (1, 1)), 2, act=act)
     game = "---0 --01 ---2 --23 -234 ---5 --56".split()  # lives are lost at steps 2, 5 and 7
     assert seen == [*game, "---7", *game]
-    assert epsilons == {0.001}
+
+
+def test_policy_of_evaluation():
+    """Exploration is 0.001, and random actions differ from step to step."""
+    seen, frames, task_ids = [], np.zeros((2, 4, 84, 84), np.uint8), np.arange(2)
+
+    def act(critic, key, time_step, *arguments):
+        assert critic == "critic" and arguments[:2] == (frames, task_ids) and key.tolist() == [0, 7]
+        seen.append((time_step, *arguments[2:]))
+
+    policy = brc.evaluation_policy(brc.Agent(*[None] * len(brc.Agent._fields))._replace(act=act), "critic", 7)
+    for _ in range(3):
+        policy(frames, task_ids)
+    assert seen == [(0, 0.001), (1, 0.001), (2, 0.001)]
 
 
 def test_evaluate_again_starts_new_games():
     envs = Local(TWO, (1, 1))
     evaluate(envs, 1)
-    returns, _ = evaluate(envs, 1)
-    assert returns[0].tolist() == [28 + 70]
-    assert (returns[1][0] - 6) % 30 == 0, "not the return of a whole game"
+    first, second = evaluate(envs, 1)
+    assert first["return"] == 28 + 70
+    assert (second["return"] - 6) % 30 == 0, "not the return of a whole game"
 
 
 def test_evaluate_stops_when_asked():
@@ -415,13 +463,16 @@ def test_evaluate_stops_when_asked():
 
 def test_evaluation_of_a_real_game_counts_games_not_lives(environments):
     """Breakout without launching the ball would last 27,000 steps; random actions end its five lives soon."""
-    rng, envs = np.random.default_rng(0), environments(["atari/breakout"], num_envs=2)
-    steps = []
+    rng, envs, steps, games = np.random.default_rng(0), environments(["atari/breakout"], num_envs=2), [], []
 
-    def act(critic, key, time_step, frames, task_ids, epsilon):
-        steps.append(time_step)
+    def act(frames, task_ids):
+        steps.append(len(steps))
+        games.extend(envs.episode_return[envs.done])
         return rng.integers(18, size=2)
 
-    (returns,), _ = evaluate(envs, 4, act=act)
-    assert len(returns) == 4 and (returns >= 0).all() and returns.max() < 20
+    (row,) = evaluate(envs, 4, act=act)
+    games.extend(envs.episode_return[envs.done])
+    assert row["episodes"] == 4 and min(games) >= 0 and max(games) < 20 and len(games) >= 4
+    assert min(games) <= row["return"] <= max(games)
+    assert row["score"] == pytest.approx((row["return"] - 1.7) / (30.5 - 1.7), abs=1e-5)
     assert len(steps) > 200, "four lives' worth of steps"

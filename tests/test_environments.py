@@ -1,5 +1,6 @@
 """Environments and evaluation: sizes, ends of episodes, goals, seeds, faults. All of it steps real environments."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -168,7 +169,7 @@ def test_hand_tasks_ask_for_a_rotation_about_z(task, environments):
         assert np.allclose(goals[:, 1:3], 0, atol=1e-6) and np.allclose(np.linalg.norm(goals, axis=1), 1, atol=1e-5)
         angles.append(2 * np.arctan2(goals[:, 3], goals[:, 0]))
         envs.send(rng.uniform(-1, 1, (8, 20)))
-        observations, rewards, terminated, truncated, success = envs.recv()
+        observations, rewards, terminated, truncated, _, success = envs.recv()
         if t % 101 != 100:  # the step that resets
             assert np.isin(rewards, (-1, 0)).all() and np.array_equal(success == 1, rewards == 0)
         assert not terminated.any() and truncated.all() == truncated.any() == (t % 101 == 99)
@@ -210,7 +211,7 @@ def test_episode_length(task, length, backend, environments):
     envs.reset()
     truncated_at = []
     for t in range(2 * length + 3):
-        _, _, terminated, truncated, _ = step(envs)
+        _, _, terminated, truncated, *_ = step(envs)
         assert not terminated.any()
         if truncated[0]:
             truncated_at.append(t)
@@ -222,7 +223,7 @@ def test_metaworld_final_observation_is_the_last_and_the_next_one_is_of_a_reset(
     envs = environments(["metaworld/reach"], backend=backend)
     hand = [envs.reset()[0, :3]]
     for _ in range(200):
-        observation, _, _, truncated, _ = step(envs, action=1.0)
+        observation, _, _, truncated, *_ = step(envs, action=1.0)
         hand.append(observation[0, :3])
     assert truncated[0]
     assert np.abs(hand[200] - hand[0]).max() > 0.1, "the hand did not move, so this test would prove nothing"
@@ -235,13 +236,29 @@ def test_step_after_done_returns_the_next_first_observation_and_ignores_the_acti
     envs.reset()
     seen = []
     for _ in range(8):
-        observation, reward, terminated, truncated, _ = step(envs, action=0.5)
-        seen.append((*observation[0], reward[0], terminated[0], truncated[0]))
-    assert seen == [  # episode, t, action, reward, terminated, truncated
-        (0, 1, 0.5, 1, False, False), (0, 2, 0.5, 2, False, False), (0, 3, 0.5, 3, False, False),
-        (0, 4, 0.5, 4, False, False), (0, 5, 0.5, 5, True, False), (1, 0, 0, 0, False, False),
-        (1, 1, 0.5, 11, False, False), (1, 2, 0.5, 12, False, False),
+        observation, reward, terminated, truncated, valid, _ = step(envs, action=0.5)
+        seen.append((*observation[0], reward[0], terminated[0], truncated[0], valid[0]))
+    assert seen == [  # episode, t, action, reward, terminated, truncated, valid
+        (0, 1, 0.5, 1, False, False, True), (0, 2, 0.5, 2, False, False, True), (0, 3, 0.5, 3, False, False, True),
+        (0, 4, 0.5, 4, False, False, True), (0, 5, 0.5, 5, True, False, True), (1, 0, 0, 0, False, False, False),
+        (1, 1, 0.5, 11, False, False, True), (1, 2, 0.5, 12, False, False, True),
     ]  # fmt: skip
+
+
+def test_statistics_of_episodes(environments):
+    """Return, length and success of each row's episode, whole at its end and through the reset, then begun anew."""
+    envs = environments(TWO)
+    envs.reset()
+    seen = []
+    for _ in range(8):
+        done = step(envs).done
+        seen.append((*envs.episode_return, *envs.episode_length, *done))
+    assert seen == [  # returns, lengths, done: an episode of 5 and one of 3 steps, then episode 1, which pays 10 more
+        (1, 1, 1, 1, False, False), (3, 3, 2, 2, False, False), (6, 6, 3, 3, False, True),
+        (10, 0, 4, 0, False, False), (15, 11, 5, 1, True, False), (0, 23, 0, 2, False, False),
+        (11, 36, 1, 3, False, True), (23, 0, 2, 0, False, False),
+    ]  # fmt: skip
+    assert envs.last_returns == {f"train/return/{TWO[0]}": 15, f"train/return/{TWO[1]}": 36}
 
 
 def test_replay_of_a_run_marks_resets_and_ends(environments):
@@ -249,12 +266,10 @@ def test_replay_of_a_run_marks_resets_and_ends(environments):
     envs = environments(["gym/gym_tasks:Terminates5-v0", "gym/gym_tasks:Truncates3-v0"])
     replay = brc.Replay(2, 100, envs.observation_dim, envs.action_dim)
     replay.start(envs.reset())
-    done = np.zeros(2, bool)
     for _ in range(23):
         actions = np.full((2, 2), 0.25, np.float32)
         envs.send(actions)
-        observations, rewards, terminated, truncated, _ = envs.recv()
-        valid, done = ~done, ~done & (terminated | truncated)
+        observations, rewards, terminated, _, valid, _ = envs.recv()
         replay.insert(actions, rewards, terminated, valid, observations)
     batch = replay.sample(np.random.default_rng(0), 8, 256)
     batch = brc.Batch(*(leaf.reshape(8 * 256, *leaf.shape[2:]) for leaf in batch))
@@ -366,7 +381,7 @@ def test_metaworld_tasks_can_be_solved(task, environments):
         for _ in range(200):
             action = expert.get_action(observation.astype(np.float64))
             envs.send(np.clip(action, -1, 1)[None].astype(np.float32))
-            observations, _, _, _, now = envs.recv()
+            observations, *_, now = envs.recv()
             observation, success = observations[0], max(success, now[0])
         succeeded.append(success)
     assert np.mean(succeeded) >= 0.5
@@ -479,10 +494,10 @@ def test_envpool_backend_refuses_other_families():
 
 @pytest.fixture(scope="module")
 def untrained():
-    """evaluate's first two arguments, for tasks padded to 6 observations and 2 actions."""
-    args = brc.Args(critic_width=16, critic_depth=1, actor_width=16)
-    agent = brc.make_agent(args, 2, 6, 2)
-    return agent, agent.init(0)
+    """evaluate's first argument, for tasks padded to 6 observations and 2 actions."""
+    agent = brc.make_agent(brc.Args(critic_width=16, critic_depth=1, actor_width=16), 2, 6, 2)
+    state = agent.init(0)
+    return functools.partial(agent.act_deterministic, state.actor, state.critic)
 
 
 TWO = ["gym/gym_tasks:Terminates5-v0", "gym/gym_tasks:Truncates3-v0"]
@@ -528,11 +543,13 @@ def test_evaluate_counts_whole_episodes(copies, returns, successes, untrained):
             return Copies(task, copies[TWO.index(task)], seed)
 
     envs = Envs(TWO, 3, 0, "auto")
-    result = brc.evaluate(*untrained, envs, 3, [])
+    first, second = brc.evaluate(untrained, envs, 3, [])
     envs.close()
-    assert [episodes.tolist() for episodes in result[0]] == returns
-    assert np.isnan(result[1][0]).all(), "a task that reports no success has none"
-    assert result[1][1].tolist() == successes, "success at step 2 of 3 is success of the episode"
+    assert [first["task"], second["task"]] == TWO
+    assert [row["episodes"] for row in (first, second)] == [len(episodes) for episodes in returns]
+    assert [row["return"] for row in (first, second)] == [round(np.mean(episodes), 4) for episodes in returns]
+    assert first["success"] == "", "a task that reports no success has none"
+    assert second["success"] == round(np.mean(successes), 5), "success at step 2 of 3 is success of the episode"
 
 
 @pytest.mark.parametrize(
@@ -548,27 +565,35 @@ def test_evaluate_ignores_what_the_reset_step_pays(untrained, environments):
     class PayingResets(brc.ParallelEnvs):
         """Gymnasium pays 0 at a reset; envpool promises nothing."""
 
-        def recv(self):
-            observations, rewards, terminated, truncated, success = super().recv()
-            reset = observations[:, 1] == 0
-            return observations, rewards + 1000 * reset, terminated, truncated, np.where(reset, 1.0, success)
+        def make_pool(self, *arguments):
+            pool = super().make_pool(*arguments)
+            recv = pool.recv
+
+            def paying():
+                observations, rewards, terminated, truncated, info = recv()
+                reset = observations[:, 1] == 0
+                success = np.where(reset, 1.0, info.get("success", np.nan))
+                return observations, rewards + 1000 * reset, terminated, truncated, {"success": success}
+
+            pool.recv = paying
+            return pool
 
     envs = PayingResets(TWO, 1, 0, "auto")
-    returns, successes = brc.evaluate(*untrained, envs, 3, [])
+    first, second = brc.evaluate(untrained, envs, 3, [])
     envs.close()
-    assert [r.tolist() for r in returns] == [[15, 65, 115], [6, 36, 66]] and successes[1].tolist() == [0, 1, 0]
+    assert (first["return"], second["return"]) == (65, 36) and second["success"] == round(1 / 3, 5)
 
 
 def test_evaluate_again_starts_new_episodes(untrained, environments):
     envs = environments(TWO)
-    brc.evaluate(*untrained, envs, 1, [])  # leaves the first task in its first episode's end, the second in its third
-    returns, _ = brc.evaluate(*untrained, envs, 1, [])
-    assert returns[0].tolist() == [15 + 50]
-    assert (returns[1][0] - 6) % 30 == 0, "not the return of a whole episode"
+    brc.evaluate(untrained, envs, 1, [])  # leaves the first task in its first episode's end, the second in its third
+    first, second = brc.evaluate(untrained, envs, 1, [])
+    assert first["return"] == 15 + 50
+    assert (second["return"] - 6) % 30 == 0, "not the return of a whole episode"
 
 
 def test_evaluate_stops_when_asked(untrained, environments):
-    assert brc.evaluate(*untrained, environments(TWO), 3, [15]) is None
+    assert brc.evaluate(untrained, environments(TWO), 3, [15]) is None
 
 
 def test_scores_of_humanoidbench_are_table_2():

@@ -397,7 +397,7 @@ def test_resume_continues_exactly(mixed_data, tmp_path):
     train("--resume", tmp_path / "parts", "--total-updates", 60)
     args = brc.parse_args(["--resume", str(tmp_path / "parts")])
     blank = brc.make_agent(args, 2, 2, 2, [2, 2]).init(0)
-    states = [brc.load_checkpoint(tmp_path / name, blank, brc.Replay())[0] for name in ("whole", "parts")]
+    states = [brc.load_checkpoint(tmp_path / name, blank)[0] for name in ("whole", "parts")]
     for whole, parts in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(whole, parts)
     assert [step for step, _ in curve(tmp_path / "parts")] == [0, 0, 30, 30, 60, 60]

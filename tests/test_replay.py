@@ -1,6 +1,7 @@
 """Replay ring of brc_sac_continuous.py against a plain list of transitions."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_shapes_and_types():
     stream.step(20)
     batch = stream.replay.sample(np.random.default_rng(0), utd=2, batch_size=5)
     assert [leaf.shape for leaf in batch] == [(2, 5, 2), (2, 5, 1), (2, 5), (2, 5), (2, 5, 2), (2, 5)]
-    assert [leaf.dtype for leaf in batch] == [np.float32] * 5 + [np.int32]
+    assert [leaf.dtype for leaf in batch] == [np.float32] * 3 + [bool, np.float32, np.int32]
 
 
 def test_uniform_over_tasks_and_transitions():
@@ -126,14 +127,6 @@ def test_uniform_over_tasks_and_transitions():
         assert abs(drawn - draws * share) < 5 * np.sqrt(draws * share)
 
 
-def test_sample_task_takes_one_task_and_all_of_it():
-    stream = Stream(seed=4)
-    stream.step(3 * CAPACITY + 5)
-    for task in range(NUM_TASKS):
-        rows = sampled(stream.replay.sample_task(np.random.default_rng(0), task, 2000))
-        assert set(rows) == {row for row in stream.stored() if row[-1] == task}
-
-
 @pytest.mark.parametrize(("observation_dim", "action_dim"), [(308, 61), (67, 21), (3, 1)])
 def test_memory_per_transition(observation_dim, action_dim):
     num_tasks, capacity = 2, 1000
@@ -143,27 +136,32 @@ def test_memory_per_transition(observation_dim, action_dim):
 
 
 @pytest.mark.parametrize("steps", [CAPACITY // 2, 2 * CAPACITY + 9])
-def test_records_round_trip(tmp_path, steps):
+def test_slots_are_what_is_written_to_disk(tmp_path, steps):
     stream = Stream(seed=6)
     stream.step(steps)
     old, new = stream.replay, brc.Replay(NUM_TASKS, CAPACITY, OBSERVATION_DIM, ACTION_DIM)
-    slots = np.arange(old.slots)
-    for task in range(NUM_TASKS):
-        np.save(tmp_path / f"{task}.npy", old.records(task, slots, OBSERVATION_DIM, ACTION_DIM))
-        new.load_records(task, slots, np.load(tmp_path / f"{task}.npy", allow_pickle=False))
-    new.inserted = old.inserted
+    np.save(tmp_path / "slots.npy", old.slots)
+    new.slots[:], new.inserted = np.load(tmp_path / "slots.npy", allow_pickle=False), old.inserted
     for before, after in zip(*(r.sample(np.random.default_rng(7), 2, 500) for r in (old, new)), strict=True):
         np.testing.assert_array_equal(before, after)
     assert (new.head, new.size) == (old.head, old.size)
 
 
-def test_records_are_cut_to_the_size_of_the_task():
+@pytest.mark.parametrize("steps", [5, CAPACITY + 9])
+def test_saved_replay_is_cut_to_the_size_of_the_task_and_in_order(tmp_path, steps):
     stream = Stream(seed=8)
-    stream.step(5)
-    records = stream.replay.records(1, np.array([3, 1]), 1, 1)
-    assert records["observation"].shape == (2, 1) and records.dtype["observation"].shape == (1,)
-    np.testing.assert_array_equal(records["observation"][:, 0], stream.replay.observations[1, [3, 1], 0])
-    np.testing.assert_array_equal(records["reward"], stream.replay.rewards[1, [3, 1]])
+    stream.step(steps)
+    envs = SimpleNamespace(tasks=["gym/A", "gym/B", "gym/C"], observation_dims=[2, 1, 2], action_dims=[1, 1, 1])
+    brc.save_replay(tmp_path / "replay", stream.replay, envs)
+    for task, size in enumerate(envs.observation_dims):
+        records = np.load(tmp_path / "replay" / f"gym-{'ABC'[task]}.npy", allow_pickle=False)
+        assert records.dtype == brc.record_type(size, 1) and len(records) == min(steps, CAPACITY) + 1
+        newest = NUM_TASKS * np.arange(steps - len(records) + 1, steps + 1) + task  # an observation is its number
+        np.testing.assert_array_equal(records["observation"][:, 0], newest)
+        kept = stream.history[-CAPACITY:]
+        assert records["valid"][:-1].tolist() == [rows[task] is not None for rows in kept] and not records["valid"][-1]
+        rewards = [rows[task][3] for rows in kept if rows[task] is not None]
+        np.testing.assert_array_equal(records["reward"][records["valid"]], np.float32(rewards))
 
 
 @pytest.mark.parametrize("steps", [13, CAPACITY - 1, CAPACITY, 2 * CAPACITY + 9])

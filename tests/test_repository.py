@@ -2,9 +2,11 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
+import fix_copies
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,19 +37,26 @@ def test_script_stands_alone(script):
         assert not forbidden & {name.split(".")[0] for name in names}, f"line {node.lineno}"
 
 
-def blocks(script: Path) -> dict[str, tuple[str | None, str]]:
-    """Top-level functions and classes: name -> (source script of a '# Copied from' mark or None, text)."""
-    lines, found = script.read_text().splitlines(), {}
-    for node in ast.parse(script.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-            mark = re.match(r"# Copied from (\S+)", lines[first - 1])
-            found[node.name] = (mark.group(1) if mark else None, "\n".join(lines[first : node.end_lineno]))
-    return found
+def test_copies_are_as_their_sources():
+    """Parts 2 and 3 and everything under `# Copied from`."""
+    assert fix_copies.drifted() == [], "a copy differs from its source; to rewrite all: python tests/fix_copies.py"
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *sorted(ROOT.glob("benchmark/*.py"))], ids=lambda path: path.name)
-def test_copied_blocks_have_not_drifted(script):
-    for name, (source, text) in blocks(script).items():
-        if source:
-            assert text == blocks(ROOT / source)[name][1], f"{name} differs from the one in {source}"
+@scripts
+def test_three_parts_the_algorithm_first(script):
+    """Parts 1, 2 and 3 in this order; networks early, and a `main` that fits on a screen or two."""
+    text = script.read_text()
+    assert list(fix_copies.parts(text)) == [1, 2, 3]
+    (_, end), (start, _) = fix_copies.parts(text)[1], fix_copies.parts(text)[2]
+    assert end == start
+    found = fix_copies.definitions(text)
+    first, last = found["main"]
+    assert last - first <= 90 and last < text[:end].count("\n"), "main belongs to part 1"
+    assert min(found[name][0] for name in ("BroNet", "ImpalaEncoder") if name in found) < 360
+
+
+def test_ruff():
+    """The rules of pyproject.toml: `ruff check` (pip install ruff)."""
+    ruff = pytest.importorskip("ruff", reason="pip install ruff")
+    result = subprocess.run([ruff.find_ruff_bin(), "check", ROOT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,11 @@ def loaded(run_dir: Path, **arguments) -> brc.Pretrained:
     return brc.load_pretrained(brc.Args(pretrained=str(run_dir), **arguments))
 
 
+def agent_of(pretrained: brc.Pretrained, *action_dims: int, use_embedding: bool = True) -> brc.Agent:
+    """As `learn` makes it: of the new task and, after it, prior ones, with these numbers of actions."""
+    return brc.make_agent(pretrained.settings, len(action_dims), 6, 2, action_dims, use_embedding)
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -107,7 +113,7 @@ def test_data_is_pretrainings_replay(counters):
     args = online.parse_args(["--resume", str(counters)])
     online.load_checkpoint(counters, online.make_agent(args, 2, 6, 2, [2, 1]).init(0), original)
     assert_same(pretrained.replay, original)
-    assert original.valid.sum() == 45 + 50  # 60 steps: one in 4 resets, or one in 6
+    assert original.slots["valid"].sum() == 45 + 50  # 60 steps: one in 4 resets, or one in 6
 
 
 # ------------------------------------------------------------------------------------------------ model transfer
@@ -118,7 +124,7 @@ def test_data_is_pretrainings_replay(counters):
 def test_model_starts_with_the_pretrained_weights(counters, init, load_optimizer):
     pretrained = loaded(counters)
     args = brc.Args(pretrained=str(counters), load_optimizer=load_optimizer, discount=0.99)
-    fresh = brc.make_agent(args, pretrained.sizes, 1, True, 1).init(7)
+    fresh = agent_of(pretrained, 1).init(7)
     embedding = pretrained.embeddings.mean(0) if init == "mean" else pretrained.embeddings[1]
     state, old = brc.start_from_pretrained(args, pretrained, fresh, embedding), pretrained.state
     for name in ("actor", "log_temperature"):
@@ -141,7 +147,7 @@ def test_pretrained_policy_acts_the_same_in_both_scripts(counters):
     pretrained = loaded(counters)
     observations = np.random.default_rng(0).normal(size=(1, 6)).astype(np.float32)
     for task, action_dim in enumerate((2, 1)):
-        agent = brc.make_agent(brc.Args(discount=0.99), pretrained.sizes, 1, True, action_dim)
+        agent = agent_of(pretrained, action_dim)
         state, max_return = brc.candidates(pretrained)[task]
         other = online.make_agent(online.parse_args(["--resume", str(counters)]), 2, 6, 2, [2, 1])
         ours = agent.act_deterministic(state.actor, state.critic, observations, np.zeros(1, np.int32))
@@ -159,7 +165,7 @@ def test_model_learns_from_the_new_task_alone(counters, tmp_path):
     args = brc.parse_args(["--resume", str(run_dir)])
     pretrained = brc.load_pretrained(args)
     replay = brc.Replay(1, 1040, 6, 2)
-    blank = brc.make_agent(args, pretrained.sizes, 1, True, 1).init(0)
+    blank = agent_of(pretrained, 1).init(0)
     state, saved = brc.load_checkpoint(run_dir, blank, replay)
     assert saved["updates"] == 40 and replay.inserted == 40
     assert state.critic["embedding"]["params"]["embedding"].shape == (1, 32)
@@ -180,9 +186,47 @@ def test_best_embedding_counts_its_transitions(counters, tmp_path, capsys):
 def test_scratch_is_the_online_script(counters, tmp_path):
     """The same seed and sizes: the same network, without embedding, as a single-task run of brc_sac_continuous.py."""
     pretrained = loaded(counters)
-    ours = brc.make_agent(brc.Args(discount=0.99), pretrained.sizes, 1, False, 1).init(5)
+    ours = agent_of(pretrained, 1, use_embedding=False).init(5)
     args = online.Args(critic_width=16, critic_depth=1, actor_width=16)
     assert_same(tuple(ours), tuple(online.make_agent(args, 1, 6, 2, [1]).init(5)))
+
+
+@pytest.mark.parametrize("action_dims", [(1,), (1, 2, 1)], ids=["one task", "three tasks"])
+def test_updates_are_the_online_scripts(counters, action_dims):
+    """Two updates, those of brc_sac_continuous.py made with the pretrained run's arguments: every bit is the same."""
+    pretrained, num_tasks = loaded(counters), len(action_dims)
+    ours = agent_of(pretrained, *action_dims, use_embedding=num_tasks > 1)
+    theirs = online.make_agent(online.parse_args(["--resume", str(counters)]), num_tasks, 6, 2, action_dims)
+    rng = np.random.default_rng(0)
+    observations, actions, next_observations = (rng.normal(size=(2, 16, n)).astype(np.float32) for n in (6, 2, 6))
+    rewards, terminated = rng.normal(size=(2, 16)).astype(np.float32), rng.random((2, 16)) < 0.2
+    task_ids = rng.integers(num_tasks, size=(2, 16), dtype=np.int32)
+    batches = (observations, actions, rewards, terminated, next_observations, task_ids)
+    max_return = np.linspace(1, 3, num_tasks, dtype=np.float32)
+    state, metrics = ours.update(ours.init(5), brc.Batch(*batches), max_return)
+    other, others = theirs.update(theirs.init(5), online.Batch(*batches), max_return)
+    assert_same(tuple(state), tuple(other))
+    assert_same(metrics, others)
+    assert not np.array_equal(state.entropy, np.zeros(num_tasks)), "nothing was learned"
+
+
+@pytest.mark.parametrize(
+    ("arch", "loss", "protocol"), [("simba", "mse", "model"), ("mlp", "mse", "data"), ("simba", "ce", "embedding")]
+)
+def test_other_critics(tmp_path, arch, loss, protocol):
+    """What Figures 3 and 4 compare with transfers, too: other networks, a scalar critic, rewards as they are."""
+    source = pretrain(tmp_path, "many", "--env-ids", *COUNTERS, *SMALL.split(), "--total-timesteps", 30,
+                      "--critic-arch", arch, "--critic-loss", loss, "--no-normalize-returns")  # fmt: skip
+    pretrained = loaded(source)
+    if arch == "simba":  # the critic goes on with the statistics that it was trained with
+        assert pretrained.state.statistics.count == 2 * 10 * 16
+        fresh, args = agent_of(pretrained, 1).init(0), brc.Args(pretrained=str(source))
+        state = brc.start_from_pretrained(args, pretrained, fresh, pretrained.embeddings[0])
+        assert_same(state.statistics, pretrained.state.statistics)
+    length = ["--adaptation-transitions", 20, "--embedding-updates", 2] if protocol == "embedding" else LEARN
+    run_dir = transfer(tmp_path, "run", "--pretrained", source, "--env-ids", SMALLER, "--protocol", protocol,
+                       "--eval-episodes", 1, *length)  # fmt: skip
+    assert [row["step"] for row in curve(run_dir)] == (["20"] if protocol == "embedding" else ["0", "20", "40"])
 
 
 # --------------------------------------------------------------------------------------------------- data transfer
@@ -200,7 +244,7 @@ def test_half_of_a_batch_is_prior_data(counters):
         is_new = batch.task_ids[update] == 0
         assert is_new.sum() == 8 and set(batch.task_ids[update][~is_new]) <= {1, 2}
         assert (batch.observations[update][is_new] == 100).all()
-        rows = {tuple(row) for row in pretrained.replay.observations.reshape(-1, 6).tolist()}
+        rows = {tuple(row) for row in pretrained.replay.slots["observation"].reshape(-1, 6).tolist()}
         assert {tuple(row) for row in batch.observations[update][~is_new].tolist()} <= rows
         for row, task in zip(batch.observations[update][~is_new], batch.task_ids[update][~is_new], strict=True):
             assert (row[3:] == (7 if task == 1 else 0)).all(), "a transition of the other task"
@@ -211,13 +255,13 @@ def test_each_task_keeps_its_own_scale_and_embedding(counters, tmp_path):
     run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "data")
     args = brc.parse_args(["--resume", str(run_dir)])
     pretrained = brc.load_pretrained(args)
-    blank = brc.make_agent(args, pretrained.sizes, 3, True, 1).init(0)
+    blank = agent_of(pretrained, 1, 2, 1).init(0)
     state, saved = brc.load_checkpoint(run_dir, blank, brc.Replay(1, 1040, 6, 2))
     assert state.critic["embedding"]["params"]["embedding"].shape == (3, 32)
     assert len(saved["max_return"]) == 1 and saved["max_return"][0] != pretrained.max_return[0]
-    agent = brc.make_agent(args, pretrained.sizes, 3, True, 1)
+    agent = agent_of(pretrained, 1, 2, 1)
     assert (np.asarray(state.entropy) != 0).all(), "a task had no row in any batch"
-    assert agent.value(state, np.zeros((1, 6), np.float32), np.array([1.0, 2.0, 3.0], np.float32)).shape == (1,)
+    assert agent.value(state, np.zeros((1, 6), np.float32), np.array([1.0], np.float32)).shape == (1,)
 
 
 # ------------------------------------------------------------------------------------------- embedding, all frozen
@@ -228,14 +272,15 @@ def adapted(run_dir: Path, *arguments):
     args = brc.parse_args(["--pretrained", str(run_dir), "--protocol", "embedding", *map(str, arguments)])
     pretrained = brc.load_pretrained(args)
     before = jax.tree.map(np.array, pretrained.state)
-    target = brc.resolve_tasks(args)[0]
-    envs = brc.target_envs(target, pretrained, 1, 0, "auto")
+    envs, counted = brc.target_envs(args.env_ids[0], pretrained, 1, 0, "auto"), []
     try:
-        agent = brc.make_agent(args, pretrained.sizes, 1, True, envs.action_dims[0])
+        agent = agent_of(pretrained, envs.action_dims[0])
         replay = brc.Replay(1, 2 * args.adaptation_transitions + 100, 6, 2)
-        order = brc.explore_embeddings(args, agent, pretrained, envs, replay)
+        run = SimpleNamespace(advance=counted.append)
+        order = brc.explore_embeddings(args, agent, pretrained, envs, replay, run)
     finally:
         envs.close()
+    assert counted == [0] * args.adaptation_transitions, "a step of the run is a transition"
     state, max_return = brc.candidates(pretrained)[order[0]]
     batch = brc.all_transitions(replay)
     tuned, *td = brc.tuned_embedding(args, agent, state, max_return, batch)
@@ -263,10 +308,9 @@ def test_no_more_transitions_than_stated(counters, limit):
 
 def test_td_cross_entropy_against_float64(counters):
     """TD(e) of four transitions with num_atoms-wide loops: expected cross-entropy of both critics less y's entropy."""
-    args = brc.Args(pretrained=str(counters))
-    pretrained = brc.load_pretrained(args)
+    pretrained = loaded(counters)
     state, max_return = brc.candidates(pretrained)[0]
-    agent = brc.make_agent(args, pretrained.sizes, 1, True, 2)
+    agent = agent_of(pretrained, 2)
     rng = np.random.default_rng(0)
     observations, actions, next_observations = (rng.normal(size=(4, n)).astype(np.float32) for n in (6, 2, 6))
     rewards, terminated = np.float32([1, -2, 0.5, 3]), np.float32([0, 1, 0, 0])
@@ -285,7 +329,7 @@ def test_td_cross_entropy_against_float64(counters):
         return [x / x.sum(-1, keepdims=True) for x in exp]
 
     z, alpha = np.linspace(-10, 10, 101), float(np.exp(state.log_temperature))
-    scale = 10 / (max_return[0] + alpha * abs(float(state.entropy[0])) / (1 - pretrained.sizes.discount))
+    scale = 10 / (max_return[0] + alpha * abs(float(state.entropy[0])) / (1 - pretrained.settings.discount))
     target = np.mean(distributions(state.target_critic, batch.next_observations, next_actions), axis=0)
     predicted, expected = distributions(state.critic, batch.observations, batch.actions), 0.0
     for row in range(4):
@@ -298,7 +342,8 @@ def test_td_cross_entropy_against_float64(counters):
             y[low + 1] += target[row, j] * (place - low)
         entropy = -sum(p * np.log(p) for p in y if p > 0)
         expected += sum(-(y * np.log(p[row])).sum() - entropy for p in predicted) / 4
-    assert float(agent.td_cross_entropy(state, batch, jnp.asarray(max_return))) == pytest.approx(expected, rel=2e-3)
+    td = float(brc.td_cross_entropy(agent, state, batch, jnp.asarray(max_return)))
+    assert td == pytest.approx(expected, rel=2e-3)
 
 
 def test_right_embedding_is_everything(points, tmp_path):
@@ -349,6 +394,21 @@ def test_heatmap_shows_scores_of_zero(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.colorbar", lambda *_, **__: None)
     brc.draw_heatmap(rows, ["a", "b", "c"], ["t"], tmp_path / "heatmap.png")
     assert shown[0].tolist() == [[0.0], [0.5], [0.25]]
+
+
+@pytest.mark.parametrize("protocol", ["scratch", "embedding"])
+def test_zero_steps_build_everything(counters, tmp_path, protocol):
+    """And the run's name says the protocol, which args.json keeps apart from the name of the experiment."""
+    brc.main(brc.parse_args(["--pretrained", str(counters), "--env-ids", SMALLER, "--protocol", protocol,
+                             "--total-timesteps", "0", "--run-root", str(tmp_path), "--seed", "4"]))  # fmt: skip
+    (run_dir,) = tmp_path.iterdir()
+    assert run_dir.name.startswith(f"gym-gym_tasks-Truncates20-v0__brc_embedding_transfer-{protocol}__4__")
+    saved = json.loads((run_dir / "args.json").read_text())
+    assert saved["exp_name"] == "brc_embedding_transfer" and saved["run_name"] is None
+    assert saved["pretrained_tasks"] == COUNTERS and saved["pretrained_step"] == 60 and saved["discount"] == 0.99
+    sizes = {"observation_dim": 6, "action_dim": 2, "observation_dims": [3], "action_dims": [1]}  # padded, its own
+    assert saved["env_info"] == {"num_tasks": 1, "task_names": [SMALLER], **sizes}
+    assert [path.name for path in run_dir.iterdir()] == ["args.json"]
 
 
 # ------------------------------------------------------------------------------------------------ kill and resume
@@ -418,13 +478,22 @@ def edited(counters: Path, tmp_path: Path, **arguments) -> Path:
     [
         ({"script": "brc_offline_bc"}, "that run was made by brc_offline_bc, not by brc_sac_continuous"),
         ({"task_names": [COUNTERS[0]]}, f"that run has one task, {COUNTERS[0]}; transfer needs several"),
-        ({"critic_arch": "mlp"}, "that run has --critic-arch mlp; transfer needs the paper's critic and embeddings"),
-        ({"task_conditioning": "heads"}, "that run has --task-conditioning heads"),
-        ({"normalize_returns": False}, "that run has --normalize-returns False"),
+        (
+            {"task_conditioning": "heads"},
+            "that run has --task-conditioning heads; --protocol model needs --task-conditioning embedding",
+        ),
     ],
 )
 def test_refuses_other_runs(counters, tmp_path, command_line, arguments, message):
     status, stderr = command_line("--pretrained", edited(counters, tmp_path, **arguments), "--env-ids", SMALLER)
+    assert status == 2 and message in error_line(stderr)
+
+
+@pytest.mark.parametrize("protocol", [["embedding"], ["model", "--embedding-init", "best"]])
+def test_refuses_td_without_a_distribution(counters, tmp_path, command_line, protocol):
+    run_dir = edited(counters, tmp_path, critic_loss="mse")
+    status, stderr = command_line("--pretrained", run_dir, "--env-ids", SMALLER, "--protocol", *protocol)
+    message = f"that run has --critic-loss mse; --protocol {protocol[0]} needs --critic-loss ce"
     assert status == 2 and message in error_line(stderr)
 
 
@@ -448,15 +517,15 @@ def test_refuses_damaged_runs(counters, tmp_path, command_line):
         (["--env-ids", LARGER], "has 2000 observations, the pretrained agent of "),
         (["--env-ids", "gym/gym_tasks:Nothing-v0"], "Nothing"),
         (["--env-ids", "metaworld/nothing"], "unknown task 'metaworld/nothing'; metaworld/ has: assembly, "),
-        (["--suite", "nothing"], "unknown suite 'nothing'; suites: metaworld-transfer, "),
+        (["--suite", "nothing"], "unknown suite 'nothing'; suites: dmc-dogs, "),
         (["--env-ids", SMALLER, COUNTERS[0]], "--protocol model learns one task a run, not 2"),
         (["--env-ids", SMALLER, LARGER, "--protocol", "embedding"], "Wide-v0 has 2000 observations"),
         (["--env-ids", SMALLER, "--track", "--protocol", "embedding"], "--track goes with --protocol model, data"),
         (["--env-ids", SMALLER, "--embedding-init", "best", "--total-timesteps", "200"], "--total-timesteps 200"),
         (["--env-ids", SMALLER, "--heatmap"], "--heatmap goes with --protocol embedding, not model"),
         (["--env-ids", SMALLER, "--prior-fraction", "1.5"], "--prior-fraction 1.5: must be in [0, 1)"),
-        (["--env-ids", SMALLER, "--adaptation-transitions", "0"], "--adaptation-transitions 0: must be"),
-        ([], "no new task: give --env-ids"),
+        (["--env-ids", SMALLER, "--adaptation-transitions", "0"], "--adaptation-transitions 0: must be in [1, inf)"),
+        ([], "no tasks: give --env-ids"),
     ],
 )
 def test_bad_input_is_one_line(counters, command_line, tmp_path, arguments, message):
