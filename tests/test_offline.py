@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_files import assert_same
 from scipy.integrate import quad
 
 import brc_offline_bc as brc
@@ -246,6 +247,27 @@ def test_user_errors(tmp_path, monkeypatch, capfd):
             runpy.run_path(str(SCRIPT), run_name="__main__")
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert status.value.code == 2 and len(lines) == 1 and words in lines[0], (arguments, lines)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_the_critics_update_is_the_online_scripts(num_tasks):
+    """Critic, its optimizer and target critic after one update from the same parameters: every bit is the same."""
+    sizes = {"critic_width": 16, "critic_depth": 1, "actor_width": 16, "batch_size": 16}
+    ours = brc.make_agent(brc.Args(**sizes), num_tasks, 6, 2)
+    theirs = online.make_agent(online.Args(**sizes, utd=1), num_tasks, 6, 2)
+    rng = np.random.default_rng(0)
+    observations, actions, next_observations = (rng.normal(size=(16, n)).astype(np.float32) for n in (6, 2, 6))
+    rewards, terminated = rng.normal(size=16).astype(np.float32), rng.random(16) < 0.2
+    batch = brc.Batch(
+        observations, actions, rewards, terminated, next_observations, rng.integers(num_tasks, size=16, dtype=np.int32)
+    )
+    max_return = np.linspace(1, 3, num_tasks, dtype=np.float32)
+    state, metrics = ours.update(ours.init(5), batch, max_return)
+    other, others = theirs.update(theirs.init(5), online.Batch(*(leaf[None] for leaf in batch)), max_return)
+    for name in ("critic", "critic_optimizer", "target_critic", "key"):
+        assert_same(getattr(state, name), getattr(other, name))
+    for name in ("losses/critic", "gradient_norms/critic", "q/target_mean", "rewards/normalized_mean"):
+        assert float(metrics[name]) == float(others[name]), name
 
 
 # ----------------------------------------------------------------------------------------------- the actor's loss
