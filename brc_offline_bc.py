@@ -36,6 +36,7 @@ than memory: files are memory-mapped, nothing in them is executed.
 import atexit
 import contextlib
 import csv
+import ctypes
 import errno
 import importlib.util
 import io
@@ -45,10 +46,12 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -56,6 +59,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import wait
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -68,7 +73,6 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from scipy.signal import lfilter
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 try:
@@ -112,6 +116,10 @@ class Args:
     checkpoints and logging may be given anew"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """what evaluation steps: envpool is fastest; gymnasium is the reference and runs every family"""
+    env_workers: Annotated[int | None, "[1, inf)"] = None
+    """processes for the environments that envpool does not step (default: one per core, at most one per task)"""
+    env_timeout: Annotated[float, "(0, inf)"] = 600.0
+    """seconds after which one of them counts as hung: it is started again, and its episodes are dropped"""
     total_updates: NonNegativeInt = 1_000_000
     """length of the training; 0 builds everything and exits"""
     last_transitions: Annotated[int | None, "[1, inf)"] = None
@@ -186,7 +194,7 @@ class Args:
 RELEASED_CODE = {"variant": "released-code", "embedding_norm": "l2"}  # defaults under --variant released-code
 RESUMABLE = {  # arguments that a resumed run may change
     "total_updates", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
-    "wandb_project", "env_backend", "resume", "dataset",
+    "wandb_project", "env_backend", "env_workers", "env_timeout", "resume", "dataset",
 }  # fmt: skip
 
 
@@ -662,13 +670,45 @@ def data_files(args: Args, tasks: list[str], run_dir: Path) -> list[Path]:
     if is_folder(args.dataset):
         return [Path(args.dataset[0]) / f"{file_name(task)}.npy" for task in tasks]
     paths = [run_dir / "data" / f"{file_name(task)}.npy" for task in tasks]
-    for name, path in zip(args.dataset, paths, strict=True):
+    for name, task, path in zip(args.dataset, tasks, paths, strict=True):
         if not args.resume or not path.exists():
-            convert_minari(name, path)
+            convert_minari(name, task, path)
     return paths
 
 
-def convert_minari(name: str, path: Path) -> None:
+def environment_parts(task: str) -> dict | None:
+    """Names and spaces of what the environment observes, in its order; None if that is no Dict."""
+    env = make_env(task)
+    try:
+        if isinstance(env.unwrapped, DMControlEnv):
+            return dict.fromkeys(env.unwrapped.env.observation_spec())
+        return env.get_wrapper_attr("parts")
+    except AttributeError:
+        return None
+    finally:
+        env.close()
+
+
+def joined(observations, space: dict | gym.Space | None) -> np.ndarray:
+    """Recorded observations [time, ...], or a dict of them, as vectors [time, |S|] in the order of `space`."""
+    if isinstance(observations, dict):
+        if set(observations) - {"achieved_goal"} != set(space or ()) - {"achieved_goal"}:
+            raise ValueError(f"it observes {sorted(observations)}, the environment {sorted(space or ())}")
+        return np.concatenate([joined(observations[key], part) for key, part in dict(space).items()], axis=1)
+    if isinstance(space, gym.Space) and not isinstance(space, gym.spaces.Box):
+        return np.stack([gym.spaces.flatten(space, value) for value in observations])
+    return np.reshape(observations, (len(observations), -1))
+
+
+def unit_actions(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """Inverse of own_action: to [-1, 1], whole numbers to the middle of their share."""
+    low, high, actions = np.float64(space.low), np.float64(space.high), np.float64(actions)
+    if not np.issubdtype(space.dtype, np.floating):
+        low, high = low - 0.5, high + 0.5
+    return 2 * (actions - low) / np.where(high > low, high - low, 2) - (high > low)
+
+
+def convert_minari(name: str, task: str, path: Path) -> None:
     """Writes a Minari data set as one file of records, episode by episode; actions become those of [-1, 1].
 
     name: a data set's id, downloaded when it is not there, or the path of one. Raises UserError if it cannot be read.
@@ -683,26 +723,21 @@ def convert_minari(name: str, path: Path) -> None:
             data = minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
         else:
             data = minari.load_dataset(name, download=True)
-        low, high = data.action_space.low, data.action_space.high
-        keys = None
-        if isinstance(data.observation_space, gym.spaces.Dict):  # flat, as make_env makes it
-            keys, goal_keys = list(data.observation_space.spaces), ["observation", "desired_goal"]
-            keys = goal_keys if set(goal_keys) <= set(keys) else keys
+        if not isinstance(data.action_space, gym.spaces.Box):
+            raise ValueError(f"its actions are no Box but {data.action_space}")
+        parts = environment_parts(task) if isinstance(data.observation_space, gym.spaces.Dict) else None
         partial_path, records, first = path.with_name(f".partial-{path.name}"), None, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         for episode in data.iterate_episodes():
-            observations = episode.observations
-            if keys:
-                parts = [np.reshape(observations[key], (len(observations[key]), -1)) for key in keys]
-                observations = np.concatenate(parts, axis=1)
+            observations = joined(episode.observations, parts)
             if records is None:
-                dtype = record_type(observations.shape[1], len(low))
+                dtype = record_type(observations.shape[1], data.action_space.shape[0])
                 length = int(data.total_steps) + int(data.total_episodes)
                 records = np.lib.format.open_memmap(partial_path, mode="w+", dtype=dtype, shape=(length,))
             last = first + len(episode.actions)  # the final observation's record, which is not a transition
             rows = records[first : last + 1]
             rows["observation"] = observations
-            rows["action"][:-1] = 2 * (np.asarray(episode.actions, np.float64) - low) / (high - low) - 1
+            rows["action"][:-1] = unit_actions(episode.actions, data.action_space)
             rows["reward"][:-1], rows["terminated"][:-1] = episode.rewards, episode.terminations
             rows["valid"] = np.arange(len(rows)) < len(rows) - 1
             first = last + 1
@@ -714,6 +749,18 @@ def convert_minari(name: str, path: Path) -> None:
         raise UserError(f"cannot read Minari data set {name}: {' '.join(str(error).split())}") from error
 
 
+def check_same_data(run_dir: Path, **found: dict[str, float]) -> None:
+    """Raises UserError if a resumed run would go on with other data than it began with."""
+    before = json.loads((run_dir / "args.json").read_text())
+    for what, values in found.items():
+        if what in before and not (
+            set(before[what]) == set(values)
+            and all(math.isclose(before[what][task], value, rel_tol=1e-6) for task, value in values.items())
+        ):
+            now = f"{what} {values}, before {before[what]}"
+            raise UserError(f"--resume {run_dir}: --dataset is not the data that this run learns from: {now}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -721,7 +768,9 @@ def main(args: Args) -> None:
     """Trains one agent on the data of `args`; everything it writes is in its run directory."""
     tasks = dataset_tasks(args)
     with Run(args, tasks[0], args.total_updates, unit="update") as run:
-        eval_envs = ParallelEnvs(tasks, eval_copies(len(tasks), args.eval_episodes), args.seed, args.env_backend)
+        workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
+        copies = eval_copies(len(tasks), args.eval_episodes)
+        eval_envs = ParallelEnvs(tasks, copies, args.seed, args.env_backend, workers)
         data = Dataset(tasks, data_files(args, tasks, run.directory), eval_envs, args.last_transitions, args.discount)
         sizes = eval_envs.observation_dim, eval_envs.action_dim
         agent = make_agent(args, len(tasks), *sizes, eval_envs.action_dims)
@@ -735,7 +784,10 @@ def main(args: Args) -> None:
         for task, starts, mean_return in zip(tasks, data.starts, data.mean_return, strict=True):
             print(f"data: {task} {len(starts):,} transitions, mean return {mean_return:.1f}")
         mean_return = dict(zip(tasks, data.mean_return, strict=True))
-        run.start(env_info=eval_envs.information(), data_mean_return=mean_return)
+        transitions = {task: len(starts) for task, starts in zip(tasks, data.starts, strict=True)}
+        if args.resume:
+            check_same_data(Path(args.resume), data_transitions=transitions, data_mean_return=mean_return)
+        run.start(env_info=eval_envs.information(), data_transitions=transitions, data_mean_return=mean_return)
         if args.total_updates == 0:
             return eval_envs.close()
         rng_state = rng.bit_generator.state
@@ -749,6 +801,8 @@ def main(args: Args) -> None:
                     record_videos(act, eval_envs, run)
             if run.checkpoint_due():
                 run.save(state, rng=rng_state)
+            if run.evaluation_due():
+                continue  # an environment failed meanwhile: once more, from the start
             if run.over():
                 break
 
@@ -926,6 +980,11 @@ ENVPOOL_KEYS = {  # dm_control's observations in its order, where envpool has mo
     "dmc/fish-upright": "joint_angles upright velocity",
     "shadowhand/": "observation desired_goal",
 }
+STEP_COST = {  # milliseconds of a step in Python, measured, by the beginning of a task's name, the first that fits
+    "humanoidbench/h1hand-bookshelf": 7.0, "humanoidbench/h1hand-slide": 6.0, "humanoidbench/h1hand-truck": 6.0,
+    "humanoidbench/h1hand-spoon": 5.5, "humanoidbench/h1hand-": 4.2, "humanoidbench/": 1.5, "shadowhand/": 5.0,
+    "dmc/dog-": 1.5, "dmc/humanoid-": 0.8, "dmc/": 0.3, "metaworld/": 0.8, "gym/": 0.2,
+}  # fmt: skip
 ROTATE_Z = {  # what dex_envs asks of its objects, for all three hand tasks
     "target_rotation": "z", "ignore_z_target_rotation": False, "randomize_initial_rotation": True,
 }  # fmt: skip
@@ -1030,27 +1089,44 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
         hint = INSTALL.get(family, f"pip install the package that registers {name}")
         raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
     except (gym.error.Error, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot make {task}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot make {task}: {describe(error)}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
-        spaces = env.observation_space.spaces
-        goal_keys = ["observation", "desired_goal"]  # the achieved goal is part of the observation
-        keys = goal_keys if set(goal_keys) <= set(spaces) else list(spaces)
-        flat = gym.spaces.Box(-np.inf, np.inf, (sum(math.prod(spaces[key].shape) for key in keys),), np.float32)
-        env = gym.wrappers.TransformObservation(env, lambda o: np.concatenate([np.ravel(o[k]) for k in keys]), flat)
+        parts = observation_parts(env.observation_space)
+        try:
+            size = sum(gym.spaces.flatdim(space) for space in parts.values())
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"{task}: no vector can be made of the observations {env.observation_space}") from error
+        flat = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        env = gym.wrappers.TransformObservation(env, partial(flat_observation, parts), flat)
+        env.parts = parts
     for space, what in ((env.observation_space, "observation"), (env.action_space, "action")):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space.shape[0] == 0:
             raise UserError(f"{task}: this script needs a flat continuous (1-D Box) {what} space, not {space}")
-    if not np.all(np.isfinite(env.action_space.low) & np.isfinite(env.action_space.high)):
+    low, high = np.float64(env.action_space.low), np.float64(env.action_space.high)
+    if not np.all(np.isfinite(low) & np.isfinite(high) & (high - low < 2.0**31) & (low <= high)):
         raise UserError(f"{task}: the action space needs finite bounds, not {env.action_space}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    unit = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
+    return gym.wrappers.TransformAction(env, partial(own_action, env.action_space), unit)
 
 
-def make_worker_env(task: str, seed: int) -> gym.Env:
-    """make_env for a worker process, which leaves it to the main process to handle Ctrl-C and SIGTERM."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return make_env(task, seed=seed)
+def observation_parts(space: gym.spaces.Dict) -> dict[str, gym.Space]:
+    """What of a Dict is observed, in the space's own order. The achieved goal of a goal task is left out: it is part
+    of the observation."""
+    goal_keys = ["observation", "desired_goal"]
+    return {key: space[key] for key in (goal_keys if set(goal_keys) <= set(space) else space)}
+
+
+def flat_observation(parts: dict[str, gym.Space], observation: dict) -> np.ndarray:
+    """One float32 vector, also of nested spaces."""
+    return np.concatenate([gym.spaces.flatten(space, observation[key]) for key, space in parts.items()]).astype("f4")
+
+
+def own_action(space: gym.spaces.Box, action: np.ndarray) -> np.ndarray:
+    """From [-1, 1] to the task's bounds; of whole numbers, each takes an equal share of [-1, 1]."""
+    low, high, share = np.float64(space.low), np.float64(space.high), (np.clip(np.float64(action), -1, 1) + 1) / 2
+    if not np.issubdtype(space.dtype, np.floating):
+        return np.minimum(low + np.floor(share * (high - low + 1)), high).astype(space.dtype)
+    return np.clip(low + share * (high - low), low, high).astype(space.dtype)
 
 
 def envpool_id(task: str) -> str | None:
@@ -1064,96 +1140,382 @@ def envpool_id(task: str) -> str | None:
     return found if found in envpool.list_all_envs() and task not in ENVPOOL_BROKEN else None
 
 
-class EnvPoolTask:
-    """num_envs copies of one task in one envpool pool; send and recv overlap with other work."""
+OBSERVATION = np.float32
+REPORTED = ("success", "is_success")  # of a step's info
+IMPORTS = {  # what the worker processes of a family import, once for all of them
+    "dmc": "dm_control.suite", "metaworld": "metaworld", "humanoidbench": "humanoid_bench", "shadowhand": "dex_envs",
+    "gym": "gymnasium",
+}  # fmt: skip
 
-    def __init__(self, task: str, num_envs: int, seed: int):
+
+def step_cost(task: str) -> float:
+    return next(cost for beginning, cost in STEP_COST.items() if task.startswith(beginning))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def steps_in_envpool(task: str, backend: str) -> bool:
+    """Whether envpool steps this task, or else a worker process. Raises UserError if it must and cannot."""
+    problem = f"envpool has no {task} that works"
+    if backend != "gymnasium" and task.startswith(("dmc/", "metaworld/", "shadowhand/")):
+        try:
+            if envpool_id(task):
+                return True
+        except ImportError:
+            problem = "envpool is missing: pip install envpool==1.2.5"
+    if backend == "envpool":
+        raise UserError(f"{problem}; or take --env-backend auto")
+    return False
+
+
+class Results(NamedTuple):
+    """What the environments that were sent an action answer, a row each."""
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    reported: np.ndarray  # what its info says of REPORTED, NaN where it says nothing
+    restarted: np.ndarray  # its simulator failed: this is the first observation of an episode, or nothing
+
+
+def reported(info: dict) -> float:
+    return float(np.ravel(next((info[key] for key in REPORTED if key in info), math.nan))[0])
+
+
+class EnvPoolTask:
+    """num_envs copies of one task in one envpool pool, of which some or all step while other work goes on."""
+
+    def __init__(self, task: str, num_envs: int, seed: int, number: int = 0):
         import envpool
 
         kwargs = {
             "metaworld": {"max_episode_steps": 200, "partially_observable": False},
             "shadowhand": ROTATE_Z,
         }.get(task.partition("/")[0], {})
-        self.pool = envpool.make(envpool_id(task), env_type="gymnasium", num_envs=num_envs, seed=seed, **kwargs)
+        self.pool = envpool.make(  # results come one by one, so that copies that finished need not be stepped
+            envpool_id(task), env_type="gymnasium", num_envs=num_envs, batch_size=1,
+            num_threads=min(num_envs, cores()), seed=seed, **kwargs,
+        )  # fmt: skip
         space = self.pool.observation_space
         self.keys = list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
         for prefix, keys in ENVPOOL_KEYS.items():
             if task.startswith(prefix):
                 self.keys = keys.split()
-        self.action_dim, self.num_envs, self.env_ids = self.pool.action_space.shape[0], num_envs, np.arange(num_envs)
         self.low, self.high = np.float64(self.pool.action_space.low), np.float64(self.pool.action_space.high)
-        self.observation_dim = self.reset().shape[1]
+        self.task_numbers, self.num_envs, self.action_dims = [number], num_envs, [len(self.low)]
+        self.send(None, np.arange(num_envs))
+        self.observation_dims = [self.recv().observations.shape[1]]
 
-    def flatten(self, observation) -> np.ndarray:
-        if self.keys is None:
-            return observation
-        return np.concatenate([observation[key].reshape(self.num_envs, -1) for key in self.keys], axis=1)
+    def send(self, actions: np.ndarray | None, rows: np.ndarray) -> None:
+        """Steps the given copies; without actions resets all."""
+        self.waiting = len(rows)
+        if actions is None:
+            return self.pool.async_reset()
+        actions = self.low + (np.float64(actions[:, : len(self.low)]) + 1) / 2 * (self.high - self.low)
+        self.pool.send(actions.astype(self.pool.action_space.dtype), rows)  # quadruped's are not [-1, 1]
 
-    def reset(self) -> np.ndarray:
-        return self.flatten(self.pool.reset()[0])
-
-    def send(self, actions: np.ndarray) -> None:
-        actions = self.low + (np.float64(actions) + 1) / 2 * (self.high - self.low)  # quadruped's are not [-1, 1]
-        self.pool.send(actions.astype(self.pool.action_space.dtype), self.env_ids)
-
-    def recv(self):
-        observation, reward, terminated, truncated, info = self.pool.recv()
-        return self.flatten(observation), reward, terminated, truncated, info
+    def recv(self) -> Results:
+        parts = sorted((self.pool.recv() for _ in range(self.waiting)), key=lambda part: part[4]["env_id"][0])
+        observations, rewards, terminated, truncated, infos = zip(*parts, strict=True)
+        if self.keys is not None:
+            observations = [np.concatenate([o[key].reshape(1, -1) for key in self.keys], axis=1) for o in observations]
+        arrays = map(np.concatenate, (observations, rewards, terminated, truncated))
+        return Results(*arrays, np.array([reported(info) for info in infos]), np.zeros(len(infos), bool))
 
     def close(self) -> None:
         self.pool.close()
 
 
-class GymnasiumTask:
-    """One task in a worker process, a Gymnasium AsyncVectorEnv of one environment.
+class WorkerEnv:
+    """make_env(task) in a worker process, with next-step autoreset as in envpool.
 
-    The worker comes from a fork server that imported the heavy modules once: never a fork of this process, whose JAX
-    threads would not survive it. Like envpool, it resets on the step after done, ignoring that step's action.
+    NumPy's global generator, from which several HumanoidBench tasks draw, is its own: its trajectories are those that
+    it would have alone in its process.
     """
+
+    def __init__(self, task: str, seed: int):
+        self.task, self.restart_seeds = task, np.random.SeedSequence(seed)
+        self.make(seed)
+
+    def make(self, seed: int) -> None:
+        self.generator, self.cached = np.random.MT19937(), None
+        self.words = (ctypes.c_uint32 * 625).from_address(self.generator.ctypes.state_address)  # the last: a position
+        self.seed, self.done = seed, True
+        with self.own_random_numbers():
+            self.env = make_env(self.task, seed=seed)
+        if mujoco := sys.modules.get("mujoco"):
+            # without a handler it writes MUJOCO_LOG.TXT wherever it is; of one text a warning is shown once
+            mujoco.set_mju_user_warning(lambda message: warnings.warn(message.partition(" Time =")[0], stacklevel=1))
+            mujoco.MjModel.from_xml_string("<mujoco/>")  # it keeps the last model, 100 MB for a humanoid with hands
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+    def remake(self) -> None:
+        self.make(int(self.restart_seeds.spawn(1)[0].generate_state(1)[0] % 2**30))
+
+    @contextlib.contextmanager
+    def own_random_numbers(self):
+        np.random.set_bit_generator(self.generator)
+        if self.cached:  # the second half of a pair of Gaussians is no part of the generator, and copies are slow
+            np.random.set_state(self.cached)  # noqa: NPY002
+        position = self.words[624]
+        yield
+        if self.cached or self.words[624] != position:
+            state = np.random.get_state(legacy=False)  # noqa: NPY002
+            self.cached = state if state["has_gauss"] else None
+
+    def step(self, action: np.ndarray | None) -> tuple:
+        """As gym.Env.step; a reset after an episode's end and without an action."""
+        with self.own_random_numbers():
+            if action is None or self.done:
+                observation, info = self.env.reset(seed=self.seed)
+                self.seed = None  # later resets continue the environment's own random stream
+                result = observation, 0.0, False, False, info
+            else:
+                space = self.env.action_space
+                result = self.env.step(action[: space.shape[0]].astype(space.dtype) if space.shape else action)
+        self.done = result[2] or result[3]
+        return result
+
+
+class WorkerEnvs:
+    """The environments of one ParallelEnvs in a worker process, stepped in turn; results are left in shared memory."""
+
+    def __init__(self, connection, tasks: list[str], seeds: list[int]):
+        self.envs, shapes = [], []
+        for task, seed in zip(tasks, seeds, strict=True):
+            with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()) as printed:
+                warnings.simplefilter("default")
+                self.envs.append(WorkerEnv(task, seed))
+            env = self.envs[-1].env
+            shapes.append(env.observation_space.shape)
+            said = [*(str(warning.message) for warning in caught), *printed.getvalue().splitlines()]
+            connection.send((shapes[-1][0], int(gym.spaces.flatdim(env.action_space)), said))
+        dtype = results_type((max(shape[0] for shape in shapes), *shapes[0][1:]))
+        self.memory = SharedMemory(create=True, size=len(tasks) * dtype.itemsize)
+        self.results = np.ndarray(len(tasks), dtype, self.memory.buf)
+        connection.send((self.memory.name, dtype.descr))
+
+    def step(self, rows: np.ndarray, actions: np.ndarray | None) -> list[str]:
+        """Returns what failed."""
+        failures = []
+        for i, row in enumerate(rows):
+            env = self.envs[row]
+            self.results["stepping"][row], restarted = True, False
+            try:
+                observation, *step, info = env.step(None if actions is None else actions[i])
+            except Exception as error:
+                failures.append(f"{env.task} failed: {describe(error)}")
+                env.remake()
+                (observation, *step, info), restarted = env.step(None), True
+            self.results["observations"][row, : len(observation)] = observation
+            for name, value in zip(Results._fields[1:], (*step, reported(info), restarted), strict=True):
+                self.results[name][row] = value
+            self.results["stepping"][row] = False
+        return failures
+
+
+def results_type(shape: tuple[int, ...]) -> np.dtype:
+    """A row of shared memory: Results, and whether its simulator is at work."""
+    return np.dtype([
+        ("observations", OBSERVATION, shape), ("rewards", "f8"), ("terminated", "?"), ("truncated", "?"),
+        ("reported", "f8"), ("restarted", "?"), ("stepping", "?"),
+    ])  # fmt: skip
+
+
+def run_worker(connection) -> None:
+    """Body of a worker process: makes, resets and steps environments as the main process asks, and ends with it.
+    Signals are the main process' to handle."""
+
+    def end_with_parent():
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(0)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    groups = []
+    try:
+        while True:
+            group, *message = connection.recv()
+            try:
+                if group is None:
+                    groups.append(WorkerEnvs(connection, *message))
+                else:
+                    connection.send(groups[group].step(*message))
+            except Exception as error:
+                connection.send(error if isinstance(error, UserError) else WorkerFailure(describe(error)))
+    finally:
+        os._exit(0)
+
+
+class WorkerFailure(Exception):
+    """A worker process died or hung, or what it steps failed too often."""
+
+
+class Worker:
+    """A worker process, which may hold environments of several ParallelEnvs, started again when it died or hung.
+
+    timeout: seconds for one answer. report: called with every failure, the process' or an environment's.
+    """
+
+    max_failures, failures_apart = 5, 1000  # so many failures with fewer steps between them are one too many
+
+    def __init__(self, timeout: float, report: Callable[[str], None]):
+        self.timeout, self.report, self.process, self.groups = timeout, report, None, []
+        self.failures = self.steps = 0
+        atexit.register(self.kill)
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.connection, theirs = context.Pipe()
+        process = context.Process(target=run_worker, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self.process = process
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()  # it ignores other signals, and has nothing to save
+            self.connection.close()
+        self.process = None
+
+    def ask(self, *message) -> None:
+        with contextlib.suppress(OSError):  # it died, and will not answer either
+            self.connection.send(message)
+
+    def answer(self, culprit: Callable[[], str]) -> Any:
+        """Raises WorkerFailure if there is none, UserError if it is one. culprit(): the task that is at work."""
+        reason = "ended its worker process, perhaps for lack of memory"
+        with contextlib.suppress(EOFError, OSError):
+            if self.connection.poll(self.timeout):
+                answer = self.connection.recv()
+                if isinstance(answer, UserError):
+                    raise answer
+                if not isinstance(answer, WorkerFailure):
+                    return answer
+                raise WorkerFailure(f"{culprit()} failed: {answer}")
+            reason = f"gave no answer within {self.timeout:g} s (--env-timeout)"
+        raise WorkerFailure(f"{culprit()} {reason}")
+
+    def failed(self, *reasons: str) -> None:
+        self.failures = self.failures + 1 if self.steps < self.failures_apart else 1
+        self.reason, self.steps = reasons[-1], 0
+        for reason in reasons:
+            self.report(reason)
+
+    def revive(self) -> None:
+        """Starts a process that died again. Raises WorkerFailure after max_failures with little between them."""
+        while self.process is None or self.failures >= self.max_failures:
+            if self.failures >= self.max_failures:
+                raise WorkerFailure(f"{self.reason}; {self.failures} failures, each soon after the one before")
+            self.start()
+            try:
+                for group in self.groups:
+                    group.make([int(seed.spawn(1)[0].generate_state(1)[0] % 2**30) for seed in group.seeds])
+                    group.made()
+            except (WorkerFailure, UserError) as error:
+                self.kill()
+                self.failed(str(error))
+
+
+class WorkerGroup:
+    """The environments of one ParallelEnvs that one worker steps; used as an EnvPoolTask is."""
 
     num_envs = 1
 
-    def __init__(self, task: str, seed: int):
-        heavy_modules = ["jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium"]
-        multiprocessing.get_context("forkserver").set_forkserver_preload(heavy_modules)
-        self.task, self.seed, self.envs = task, seed, None
-        make = partial(make_worker_env, task, seed)
-        self.envs = self.call(gym.vector.AsyncVectorEnv, [make], context="forkserver")
-        self.observation_dim = self.envs.single_observation_space.shape[0]
-        self.action_dim = gym.spaces.flatdim(self.envs.single_action_space)
-        atexit.register(self.close)
+    def __init__(self, worker: Worker, task_numbers: list[int], tasks: list[str], seeds: list[int]):
+        self.worker, self.task_numbers, self.tasks = worker, task_numbers, [tasks[number] for number in task_numbers]
+        self.seeds = [np.random.SeedSequence(seeds[number]) for number in task_numbers]
+        self.number, self.results = len(worker.groups), None
+        worker.groups.append(self)
+        self.make([seeds[number] for number in task_numbers])
 
-    def call(self, function, *args, **kwargs):
+    def make(self, seeds: list[int]) -> None:
+        self.fresh, self.results = True, None  # fresh: the next step resets
+        self.worker.ask(None, self.tasks, seeds)
+
+    def made(self) -> list[str]:
+        """Waits for the environments and returns what they said, warnings and lines."""
+        made = [self.worker.answer(lambda task=task: task) for task in self.tasks]
+        self.observation_dims, self.action_dims, said = zip(*made, strict=True)
+        name, dtype = self.worker.answer(lambda: self.tasks[-1])
+        self.memory = SharedMemory(name)
+        self.memory.unlink()  # both processes have it now, and nothing is left when they end
+        self.results = np.ndarray(len(self.tasks), np.dtype(dtype), self.memory.buf)
+        return [text for texts in said for text in texts]
+
+    def send(self, actions: np.ndarray | None, rows: np.ndarray) -> None:
+        self.worker.revive()
+        self.restarted = self.fresh and actions is not None
+        self.rows, self.fresh = rows, False
+        self.worker.ask(self.number, rows, None if self.restarted else actions)
+
+    def recv(self) -> Results:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Gymnasium shows the worker's traceback as a warning
-                return function(*args, **kwargs)
-        except UserError:
-            raise
-        except (EOFError, ConnectionError) as error:
-            self.close()
-            raise UserError(f"the worker process of {self.task} died, perhaps for lack of memory") from error
-        except Exception as error:  # whatever the environment itself raised in its process
-            self.close()
-            raise UserError(f"{self.task} failed in its worker process: {type(error).__name__}: {error}") from error
+            if failures := self.worker.answer(self.at_work):
+                self.worker.failed(*failures)
+        except (WorkerFailure, UserError) as error:
+            self.worker.kill()
+            self.worker.failed(str(error))
+            self.results["restarted"][self.rows] = True
+        self.worker.steps += 1
+        results = self.results[self.rows]
+        results["restarted"] |= self.restarted
+        return Results(*(results[name] for name in Results._fields))
 
-    def reset(self) -> np.ndarray:
-        seed, self.seed = self.seed, None  # later resets continue the environments' own random streams
-        return self.call(self.envs.reset, seed=seed)[0]
-
-    def send(self, actions: np.ndarray) -> None:
-        self.call(self.envs.step_async, actions.astype(self.envs.single_action_space.dtype))
-
-    def recv(self):
-        return self.call(self.envs.step_wait)
+    def at_work(self) -> str:
+        return self.tasks[self.results["stepping"].argmax()]
 
     def close(self) -> None:
-        if self.envs is None:  # it died while it started
-            return
-        for process in self.envs.processes:  # they ignore signals but this one, and have nothing to save
-            process.kill()  # without asking is_alive(): it says no once a signal has ended the fork server
-        self.envs.closed = True
-        atexit.unregister(self.close)
+        self.worker.kill()
+
+
+class EnvWorkers:
+    """Worker processes for the environments that envpool does not step, started when the first ones are made.
+
+    number: default one per core; never more than tasks. Each holds several tasks, dealt by what their steps cost. They
+    come from a fork server that imported the heavy modules once: never a fork of this process, whose JAX threads would
+    not survive it.
+    """
+
+    heavy_modules = ("jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium")
+
+    def __init__(self, number: int | None = None, timeout: float = 600, report: Callable[[str], None] = print):
+        self.number, self.timeout, self.report, self.workers = number or cores(), timeout, report, []
+
+    def make(self, numbers: list[int], tasks: list[str], seeds: list[int]) -> list[WorkerGroup]:
+        """One environment of each task that `numbers` counts."""
+        if not self.workers:
+            imports = {IMPORTS[tasks[number].partition("/")[0]] for number in numbers}
+            multiprocessing.get_context("forkserver").set_forkserver_preload([*self.heavy_modules, *imports])
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
+            multiprocessing.forkserver.ensure_running()
+            signal.signal(signal.SIGINT, handler)
+            self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
+        dealt, load = [[] for _ in self.workers], np.zeros(len(self.workers))
+        for number in sorted(numbers, key=lambda number: -step_cost(tasks[number])):
+            least = load.argmin()
+            dealt[least].append(number)
+            load[least] += step_cost(tasks[number])
+        dealt = zip(self.workers, map(sorted, dealt), strict=True)
+        groups = [WorkerGroup(worker, numbers, tasks, seeds) for worker, numbers in dealt if numbers]
+        try:
+            said = [text for group in groups for text in group.made()]
+        except WorkerFailure as error:
+            raise UserError(str(error)) from error
+        for text in dict.fromkeys(said):  # what many tasks say is shown once
+            print(text, file=sys.stderr)
+        return groups
 
 
 class Step(NamedTuple):
@@ -1177,35 +1539,30 @@ class ParallelEnvs:
 
     Row r is a copy of task task_ids[r]. Observations are zero-padded to the widest task, actions cut to the task's own
     size (E.1's mixes). After done, the next step resets that row and ignores the action: next-step autoreset, see
-    record_type. episode_return, episode_success (at any step) and episode_length are those of each row's current
-    episode, at a done step of the whole one.
+    record_type. Where a simulator failed, its episode is dropped: that step is a reset too, and interrupted is True.
+    episode_return, episode_success (at any step) and episode_length are those of each row's current episode, at a done
+    step of the whole one.
     """
 
-    def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str):
-        self.tasks, seeds = tasks, np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30
-        self.pools = [self.make_pool(t, num_envs, int(s), backend) for t, s in zip(tasks, seeds, strict=True)]
-        self.task_ids = np.repeat(np.arange(len(tasks)), [pool.num_envs for pool in self.pools])
-        starts = np.cumsum([0] + [pool.num_envs for pool in self.pools])
-        self.rows = [(slice(*ends), pool) for ends, pool in zip(itertools.pairwise(starts), self.pools, strict=True)]
+    def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str, workers: EnvWorkers | None = None):
+        self.tasks, seeds = tasks, (np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30).tolist()
+        self.pools = self.make_pools(num_envs, seeds, backend, workers or EnvWorkers())
+        copies = {number: pool.num_envs for pool in self.pools for number in pool.task_numbers}
+        self.task_ids = np.repeat(np.arange(len(tasks)), [copies[number] for number in range(len(tasks))])
         self.size = len(self.task_ids)
-        self.observation_dims = [pool.observation_dim for pool in self.pools]
-        self.action_dims = [pool.action_dim for pool in self.pools]
+        self.rows = [np.flatnonzero(np.isin(self.task_ids, pool.task_numbers)) for pool in self.pools]
+        self.observation_dims, self.action_dims = [0] * len(tasks), [0] * len(tasks)
+        for pool in self.pools:
+            for number, *dims in zip(pool.task_numbers, pool.observation_dims, pool.action_dims, strict=True):
+                self.observation_dims[number], self.action_dims[number] = dims
         self.observation_dim, self.action_dim = max(self.observation_dims), max(self.action_dims)
         self.action_mask = np.arange(self.action_dim) < np.array(self.action_dims)[:, None]
 
-    def make_pool(self, task: str, num_envs: int, seed: int, backend: str):
-        if backend != "gymnasium" and task.startswith(("dmc/", "metaworld/", "shadowhand/")):
-            try:
-                if envpool_id(task):
-                    return EnvPoolTask(task, num_envs, seed)
-                problem = f"envpool has no {task} that works"
-            except ImportError:
-                problem = "envpool is missing: pip install envpool==1.2.5"
-            if backend == "envpool":
-                raise UserError(f"{problem}; or take --env-backend auto")
-        elif backend == "envpool":
-            raise UserError(f"envpool has no {task}; take --env-backend auto")
-        return GymnasiumTask(task, seed)
+    def make_pools(self, num_envs: int, seeds: list[int], backend: str, workers: EnvWorkers) -> list:
+        in_envpool = [steps_in_envpool(task, backend) for task in self.tasks]
+        numbers = [number for number, found in enumerate(in_envpool) if not found]
+        pools = [EnvPoolTask(self.tasks[n], num_envs, seeds[n], n) for n, found in enumerate(in_envpool) if found]
+        return pools + (workers.make(numbers, self.tasks, seeds) if numbers else [])
 
     def information(self) -> dict:
         """env_info of args.json."""
@@ -1215,34 +1572,38 @@ class ParallelEnvs:
         }  # fmt: skip
 
     def reset(self) -> np.ndarray:
-        self.done, self.last_returns = np.zeros(self.size, bool), {}
+        """First observations [size, observation_dim]: a step that resets all."""
+        self.done, self.last_returns = np.ones(self.size, bool), {}
         self.episode_return, self.episode_length = np.zeros(self.size), np.zeros(self.size, int)
         self.episode_success = np.full(self.size, np.nan)
-        observations = np.zeros((self.size, self.observation_dim), np.float32)
-        for rows, pool in self.rows:
-            observations[rows, : pool.observation_dim] = pool.reset()
-        return observations
+        self.send(None)
+        return self.recv().observations
 
-    def send(self, actions: np.ndarray, resting: np.ndarray | None = None) -> None:
-        """actions: [size, action_dim] in [-1, 1]. Tasks whose rows of `resting` [size] are all True are not stepped."""
-        self.stepping = [(rows, pool) for rows, pool in self.rows if resting is None or not resting[rows].all()]
-        for rows, pool in self.stepping:
-            pool.send(actions[rows, : pool.action_dim])
+    def send(self, actions: np.ndarray | None, resting: np.ndarray | None = None) -> None:
+        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped."""
+        self.stepping = []
+        for rows, pool in zip(self.rows, self.pools, strict=True):
+            places = np.arange(len(rows)) if resting is None else np.flatnonzero(~resting[rows])
+            if len(places):
+                pool.send(None if actions is None else actions[rows[places]], places)
+                self.stepping.append((rows[places], pool))
 
     def recv(self) -> Step:
         """Raises FloatingPointError for an observation or reward that is not finite. Rows that were not stepped are as
         if they had been reset."""
         observations = np.zeros((self.size, self.observation_dim), np.float32)
         rewards, success = np.zeros(self.size, np.float32), np.full(self.size, np.nan, np.float32)
-        terminated, truncated, stepped = np.zeros((3, self.size), bool)
+        terminated, truncated, restarted, stepped = np.zeros((4, self.size), bool)
         for rows, pool in self.stepping:
-            observation, rewards[rows], terminated[rows], truncated[rows], info = pool.recv()
-            observations[rows, : pool.observation_dim], stepped[rows] = observation, True
-            success[rows] = info.get("success", info.get("is_success", np.nan))
+            results, stepped[rows] = pool.recv(), True
+            observations[rows, : results.observations.shape[1]], rewards[rows] = results.observations, results.rewards
+            terminated[rows], truncated[rows] = results.terminated, results.truncated
+            success[rows], restarted[rows] = results.reported, results.restarted
+        began, self.interrupted = (self.done & stepped) | restarted, bool(restarted.any())
+        valid = stepped & ~began
         finite = np.isfinite(rewards) & np.isfinite(observations).all(axis=1)
         if not finite.all():
             raise FloatingPointError(f"observation or reward of {self.tasks[self.task_ids[finite.argmin()]]}")
-        began, valid = self.done & stepped, stepped & ~self.done
         step = Step(
             observations, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, valid,
             np.where(valid, success, np.nan),
@@ -1272,31 +1633,46 @@ def eval_copies(num_tasks: int, episodes: int) -> int:
     return max(n for n in range(1, episodes + 1) if episodes % n == 0 and (n == 1 or n * num_tasks <= EVAL_ENVS))
 
 
+def act_in_rows(act: Callable, observations: np.ndarray, task_ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """act's actions [size, ...] in the given rows, 0 in the others. It is called for these rows alone, repeated to a
+    half, a quarter, ... of all, so that it is compiled for a few sizes only."""
+    size = len(task_ids)
+    while size // 2 >= len(rows):
+        size //= 2
+    taken = np.resize(rows, size)
+    chosen = np.asarray(act(observations[taken], task_ids[taken]))[: len(rows)]
+    actions = np.zeros((len(task_ids), *chosen.shape[1:]), chosen.dtype)
+    actions[rows] = chosen
+    return actions
+
+
 def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> list[dict] | None:
     """Means over whole episodes, a row of eval.csv per task, empty where a column has no meaning; None if `stop` fills
-    meanwhile.
+    or an environment fails meanwhile.
 
-    act: observations [size, |S|] and task_ids [size] to actions [size, |A|]. Every copy of a task plays the same number
-    of episodes, so that short ones are not counted more often.
+    act: observations [rows, |S|] and task_ids [rows] to actions [rows, |A|]. Every copy of a task plays the same number
+    of episodes, so that short ones are not counted more often, and rests when it has.
     """
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
     observations = envs.reset()
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
-        if stop:
+        if stop or envs.interrupted:
             return None
-        envs.send(np.asarray(act(observations, envs.task_ids)), resting=finished)
+        envs.send(act_in_rows(act, observations, envs.task_ids, np.flatnonzero(~finished)), resting=finished)
         step = envs.recv()
         observations = step.observations
-        for row in np.flatnonzero(step.done & ~finished):
+        for row in np.flatnonzero(step.done):
             returns[row].append(envs.episode_return[row])
             successes[row].append(envs.episode_success[row])
     table = []
-    for task, (rows, _) in zip(envs.tasks, envs.rows, strict=True):
-        mean_return, success = np.mean(returns[rows]), np.mean(successes[rows])
+    for number, task in enumerate(envs.tasks):
+        rows = np.flatnonzero(envs.task_ids == number)
+        episode_returns = [value for row in rows for value in returns[row]]
+        mean_return, success = np.mean(episode_returns), np.mean([value for row in rows for value in successes[row]])
         score = normalized_score(task, mean_return, success)  # linear in both
         table.append({
-            "task": task, "episodes": np.size(returns[rows]), "return": round(float(mean_return), 4),
+            "task": task, "episodes": len(episode_returns), "return": round(float(mean_return), 4),
             "success": "" if np.isnan(success) else round(float(success), 5),
             "score": "" if np.isnan(score) else round(float(score), 5),
         })  # fmt: skip
@@ -1370,6 +1746,10 @@ class UserError(Exception):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
+    words = [word.partition("=")[0].replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
+    flags = [word.replace("--no-", "--", 1) for word in words if word.startswith("--")]
+    if twice := [flag for flag in flags if flags.count(flag) > 1]:
+        raise UserError(f"{twice[0]} is given twice, and only the last would count; several values follow one flag")
     args = tyro.cli(Args, args=argv)
     if not args.resume:
         released = getattr(args, "variant", "paper") == "released-code"
@@ -1427,16 +1807,35 @@ class Run:
         if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
             os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         self.args, self.total, self.unit, self.stop = args, total, unit, []
-        self.step, self.updates, self.last_evaluation, self.rows = 0, 0, -1, []
+        self.step, self.updates, self.last_evaluation, self.rows, self.urgent = 0, 0, -1, [], False
         self.seconds, self.tensorboard, self.bar, self.wandb = 0.0, None, None, None
+        self.curve, self.cut, self.retry_at, self.warned = [], 0, math.inf, set()
         name = args.run_name or f"{file_name(name)}__{experiment or args.exp_name}__{args.seed}__{int(time.time())}"
-        self.directory = Path(args.resume) if args.resume else Path(args.run_root) / name
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:
+            asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+            raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
+        self.directory = Path(args.resume or Path(args.run_root) / name)
         if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
             go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
             raise UserError(f"{self.directory} holds a run: {go_on}")
+        for step in checkpoint_steps(self.directory)[:1] if args.resume else ():
+            with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is told when it is loaded
+                self.refuse_finished(read_counters(self.directory / "checkpoints" / str(step)))
         self.created = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
+        try:
+            for number in itertools.count(2):  # two runs that start in one second get two directories
+                with contextlib.suppress(FileExistsError):
+                    self.directory.mkdir(parents=True, exist_ok=bool(args.resume or args.run_name))
+                    break
+                if not self.directory.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, "a file is in the way")
+                self.directory = self.directory.with_name(f"{name}-{number}")
+                self.created = [self.directory]
+            self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
+        except OSError as error:
+            raise UserError(f"cannot make {self.directory}: {error.strerror}; choose another --run-root") from error
         try:
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
@@ -1450,9 +1849,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for part in (self.bar, self.tensorboard):
-            if part is not None:
-                part.close()
+        for close in (getattr(self.bar, "close", None), getattr(self.tensorboard, "close", None)):
+            with self.or_warn("TensorBoard's file"):
+                close and close()
         if self.wandb:
             self.wandb.finish()
         if self.lock is not None:
@@ -1460,10 +1859,11 @@ class Run:
         with contextlib.suppress(OSError):
             for path in self.created:
                 path.rmdir()  # where nothing was written
-        if isinstance(error, FloatingPointError):
+        if isinstance(error, (FloatingPointError, WorkerFailure)):
             good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
             last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-            raise UserError(f"not finite at step {self.step:,}: {error}; {last}") from error
+            what = "not finite" if isinstance(error, FloatingPointError) else "environments failed"
+            raise UserError(f"{what} at step {self.step:,}: {error}; {last}") from error
 
     def seeds(self) -> list[int]:
         """Two seeds, of training and evaluation environments; a resumed run does not repeat its beginning."""
@@ -1476,34 +1876,43 @@ class Run:
         if not self.args.resume:
             return state, None
         state, counters = load_checkpoint(self.directory, state, replay)
+        self.refuse_finished(counters)
         self.step, self.updates, self.seconds = counters["step"], counters["updates"], counters["wall_time"]
         self.last_evaluation = counters["last_evaluation"]
-        if self.step > self.total or self.last_evaluation >= self.total:  # else its last evaluation is missing
-            longer = "--total-updates" if self.unit == "update" else "--total-timesteps"
-            raise UserError(f"{self.directory} is finished (step {self.step:,}); to go on, give a larger {longer}")
         print(f"resumed {self.directory} at step {self.step:,}")
         return state, counters
+
+    def refuse_finished(self, counters: dict) -> None:
+        if counters["step"] > self.total or counters["last_evaluation"] >= self.total:
+            longer = "--total-updates" if self.unit == "update" else "--total-timesteps"
+            step = f"{counters['step']:,}"
+            raise UserError(f"{self.directory} is finished (step {step}); to go on, give a larger {longer}")
 
     def start(self, **information) -> None:
         """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
         What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        names = ("args.json", "eval.csv", "events.*", "statistics", "videos")
+        found = [path for name in names for path in self.directory.glob(name) if not self.args.resume]
+        if found:  # of a run of the same name that left no checkpoint
+            before = self.directory / f"before-{time.time_ns()}"
+            before.mkdir()
+            for path in found:
+                path.rename(before / path.name)
         information = {**asdict(self.args), **run_information(), **information}
         replace_file(self.directory / "args.json", json.dumps(information, indent=2))
         print(f"device: {information['device']}; run directory: {self.directory}")
         if self.total == 0:
             return
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda s, frame: (self.stop.append(s), signal.signal(s, signal.SIG_DFL)))
-        curve, rows = self.directory / "eval.csv", []
-        if curve.exists():
-            rows = [row for row in csv.DictReader(curve.open()) if None not in row.values()]  # whole ones
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, EVAL_COLUMNS)
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= self.last_evaluation)
-        replace_file(curve, text.getvalue())
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
+            signum = getattr(signal, name, None)
+            if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup's
+                signal.signal(signum, lambda s, frame: (self.stop.append(s), signal.signal(s, signal.SIG_DFL)))
+        self.curve = [row for row in read_curve(self.directory / "eval.csv") if row["step"] <= self.last_evaluation]
+        self.write_curve()
         if self.args.track:
-            about = {"project": self.args.wandb_project, "name": self.directory.name, "id": self.directory.name}
+            path = self.directory.resolve()
+            unique = re.sub(r"[^\w-]", "-", path.name) + f"-{zlib.crc32(str(path).encode()):08x}"
+            about = {"project": self.args.wandb_project, "name": path.name, "id": unique}
             try:
                 import wandb
 
@@ -1511,19 +1920,54 @@ class Run:
             except Exception as error:  # not installed, not logged in, no network
                 ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
                 raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error
-        self.tensorboard = SummaryWriter(str(self.directory), purge_step=self.step + 1 if self.step else None)
+        self.open_events()
         quiet = 0.5 if sys.stderr.isatty() else 30
         self.bar = tqdm(total=self.total, initial=self.step, unit=self.unit, mininterval=quiet)
-        self.started, self.logged = time.time() - self.seconds, (time.time(), self.step)
+        self.started, self.logged = time.monotonic() - self.seconds, (time.monotonic(), self.step)
         self.saved = self.step, self.last_evaluation
+
+    def open_events(self) -> None:
+        """TensorBoard's file, written without the usual thread, in which a full disk would go unnoticed and block."""
+        from tensorboardX.event_file_writer import EventsWriter  # here: it imports torch where that is installed
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        with self.or_warn("TensorBoard's file"):
+            self.tensorboard = EventsWriter(str(self.directory / "events"))
+            if self.step:  # hides what an earlier process wrote beyond the checkpoint
+                log = SessionLog(status=SessionLog.START)
+                self.tensorboard.write_event(Event(step=self.step + 1, wall_time=time.time(), session_log=log))
+
+    @contextlib.contextmanager
+    def or_warn(self, what: str):
+        """Logging never ends a run: what cannot be written is left out, with one warning."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.warned:
+                tqdm.write(f"warning: cannot write {what}: {error.strerror}; the run goes on without", file=sys.stderr)
+            self.warned.add(what)
+
+    def write_curve(self) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, EVAL_COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.curve)
+        with self.or_warn("eval.csv"):  # whole, so that what a full disk left out comes later
+            replace_file(self.directory / "eval.csv", text.getvalue())
 
     def evaluation_due(self) -> bool:
         due = self.step % self.args.eval_every == 0 or self.step == self.total or self.last_evaluation < 0
         return due and self.last_evaluation < self.step and not self.stop
 
     def checkpoint_due(self) -> bool:
-        due = self.step % self.args.checkpoint_every == 0 or self.step == self.total or bool(self.stop)
+        due = self.step % self.args.checkpoint_every == 0 or self.over() or self.urgent
+        due |= time.monotonic() > self.retry_at
         return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
+
+    def environment_failed(self, reason: str) -> None:
+        """Says so; a checkpoint of the healthy learner is due at once."""
+        tqdm.write(f"warning: step {self.step:,}: {reason}; its episodes are dropped, it starts again", file=sys.stderr)
+        self.urgent = True
 
     def over(self) -> bool:
         return self.step == self.total or bool(self.stop)
@@ -1539,27 +1983,45 @@ class Run:
     def log(self, values: dict) -> None:
         """Scalars and the speed since the last call. Raises FloatingPointError for a value that is not finite."""
         check_finite(values)
-        now, (before, step) = time.time(), self.logged
+        now, (before, step) = time.monotonic(), self.logged
         speed = {f"speed/{self.unit}s_per_second": (self.step - step) / (now - before), "updates": self.updates}
         self.scalars({**values, **speed})
         self.logged = now, self.step
 
-    def scalars(self, values: dict) -> None:
-        """Points of this step in TensorBoard and W&B."""
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, float(value), self.step)
+    def scalars(self, values: dict, step: int | None = None) -> None:
+        """Points in TensorBoard and W&B, of this step by default."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        step = self.step if step is None else step
+        with self.or_warn("TensorBoard's file"):
+            try:
+                for name, value in values.items() if self.tensorboard else ():
+                    event = Event(step=step, wall_time=time.time(), summary=scalar(name, float(value)))
+                    self.tensorboard.write_event(event)
+                if self.tensorboard:
+                    self.tensorboard.flush()
+            except OSError:  # its end may be cut: the next checkpoint opens another
+                broken, self.tensorboard = self.tensorboard, None
+                with contextlib.suppress(OSError):
+                    broken.close()
+                raise
         if self.wandb:
-            self.wandb.log({**values, "step": self.step})
+            self.wandb.log({**values, "step": step})
 
     def log_evaluation(self, rows: list[dict] | None) -> bool:
-        """Writes one row per task to eval.csv and shows the means; False if a signal cut the evaluation (rows None)."""
+        """Writes one row per task to eval.csv and shows the means; False if the evaluation was cut (rows None), by a
+        signal or by an environment that failed. Raises WorkerFailure when that happens again and again."""
         if rows is None:
+            self.cut += not self.stop
+            if self.cut > Worker.max_failures:
+                raise WorkerFailure(f"{self.cut} evaluations of this policy, each cut by an environment that failed")
             return False
-        self.last_evaluation = self.step
-        counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.time() - self.started, 2)}
+        self.last_evaluation, self.cut = self.step, 0
+        counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.monotonic() - self.started, 2)}
         self.rows, values = [{**counts, **row} for row in rows], {}
-        with (self.directory / "eval.csv").open("a", newline="") as file:
-            csv.DictWriter(file, EVAL_COLUMNS).writerows(self.rows)
+        self.curve += self.rows
+        self.write_curve()
         for column in ("return", "success", "score"):
             if found := {f"eval/{column}/{row['task']}": row[column] for row in rows if row[column] != ""}:
                 totals = {name: float(mean(list(found.values()))) for name, mean in AGGREGATES.items()}
@@ -1575,19 +2037,25 @@ class Run:
                 raise FloatingPointError("parameters")
         counters |= {
             "step": self.step, "updates": self.updates, "last_evaluation": self.last_evaluation,
-            "wall_time": time.time() - self.started,
+            "wall_time": time.monotonic() - self.started,
         }  # fmt: skip
         try:
             save_checkpoint(self.directory, self.step, state, replay, counters, self.args.keep_checkpoints)
         except Exception as error:  # Orbax reports a full disk in exceptions of its own
-            if "No space left" not in str(error):
-                raise
             shutil.rmtree(self.directory / "checkpoints" / f".partial-{self.step}", ignore_errors=True)
-            raise UserError(
-                f"disk full while writing the checkpoint of step {self.step:,}; earlier ones are whole: free space, "
-                f"then continue with --resume {self.directory}"
-            ) from error
-        self.saved = self.step, self.last_evaluation
+            reason = getattr(error, "strerror", None) or describe(error)[:200]
+            if "No space left" in str(error) or "quota" in str(error).lower():
+                reason = "disk full, free space"
+            message = f"cannot write the checkpoint of step {self.step:,}; earlier ones are whole: {reason}"
+            if self.over():
+                raise UserError(f"{message}, then continue with --resume {self.directory}") from error
+            tqdm.write(f"warning: {message}; another try in a minute", file=sys.stderr)
+            self.retry_at, self.urgent = time.monotonic() + 60, False
+            return
+        self.retry_at = math.inf
+        if not self.tensorboard:
+            self.open_events()
+        self.saved, self.urgent = (self.step, self.last_evaluation), False
 
     def finish(self) -> None:
         """Says how the run ended: the last evaluation, or how to go on."""
@@ -1603,6 +2071,31 @@ class Run:
         if scores := [row["score"] for row in self.rows if row["score"] != ""]:
             for name, mean in AGGREGATES.items():
                 print(f"{name:<{width}} {'':>10} {'':>8} {mean(scores):>7.3f}")
+
+
+def read_curve(path: Path) -> list[dict]:
+    """Rows of eval.csv with whole numbers as steps, also where a spreadsheet or a person has been at work: columns in
+    another order, other separators, a byte order mark, 60.0 for 60. Rows that cannot be read are left out; then the
+    file is kept as it was found, beside it."""
+    if not path.exists():
+        return []
+    text, rows = path.read_text(encoding="utf-8-sig", errors="replace"), []
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    found = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    for row in found:
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            numbers = {name: row[name].strip().replace(",", ".") for name in EVAL_COLUMNS if name != "task"}
+            for name, number in numbers.items():
+                if name in ("step", "updates", "episodes"):
+                    numbers[name] = int(float(number))
+                elif number:
+                    float(number)
+            rows.append({name: numbers.get(name, row["task"]) for name in EVAL_COLUMNS})
+    if len(rows) < len(found) or (found and list(found[0]) != list(EVAL_COLUMNS)):
+        kept = path.with_name(f"eval-as-found-{time.time_ns()}.csv")
+        shutil.copyfile(path, kept)
+        print(f"warning: {path} was changed: {len(rows)} of {len(found)} rows read; as found: {kept}", file=sys.stderr)
+    return rows
 
 
 def check_finite(values: dict) -> None:
@@ -1673,7 +2166,9 @@ def save_checkpoint(run_dir: Path, step: int, state, replay, counters: dict, kee
     shutil.rmtree(path, ignore_errors=True)
     partial_path.rename(path)
     for old in checkpoint_steps(run_dir)[keep:]:
-        shutil.rmtree(root / str(old))
+        with contextlib.suppress(OSError):  # one that a reader holds open (NFS): the next checkpoint tries again
+            (root / str(old)).rename(root / f".partial-{old}")
+            shutil.rmtree(root / f".partial-{old}", ignore_errors=True)
 
 
 def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict[str, int]:
@@ -1745,7 +2240,31 @@ def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
     raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
 
 
+class Output:
+    """A standard stream whose reader may go away: from then on it leads nowhere. Output is never worth a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.guarded(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.guarded(self.stream.flush)
+
+    def guarded(self, function: Callable, *arguments) -> None:
+        try:
+            function(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main(parse_args())
     except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -1758,3 +2277,6 @@ if __name__ == "__main__":
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the run listens to signals
+        print("interrupted while starting", file=sys.stderr, flush=True)
+        os._exit(130)  # JAX may be compiling in threads of its own, which an orderly end would crash

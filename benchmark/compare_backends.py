@@ -168,6 +168,11 @@ def expert_policy(task: str, size: int, rng: np.random.Generator):
     return lambda observation: np.clip(expert.get_action(observation.astype(np.float64)), -1, 1).astype(np.float32)
 
 
+def reset(pool: brc.EnvPoolTask) -> np.ndarray:
+    pool.send(None, np.arange(pool.num_envs))
+    return pool.recv().observations
+
+
 def errors(value, reference) -> np.ndarray:
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     return np.abs(value - reference) / np.maximum(1, np.abs(reference))
@@ -178,7 +183,7 @@ def compare_paired(
 ) -> dict:
     """Both backends from the same states under the same actions."""
     pool, reference, rng = brc.EnvPoolTask(task, 1, seed), Reference(task, seed, mend), np.random.default_rng(seed)
-    sizes, metaworld = (pool.observation_dim, pool.action_dim), task.startswith("metaworld/")
+    sizes, metaworld = (*pool.observation_dims, *pool.action_dims), task.startswith("metaworld/")
     result = {
         "sizes": sizes, "reference_sizes": reference.env.observation_space.shape + reference.env.action_space.shape,
         "length": [], "reference_length": [], "reset_error": 0.0, "goal_error": 0.0, "agree_steps": max_steps,
@@ -188,15 +193,14 @@ def compare_paired(
     goal = metaworld & (dims >= 36)
     previous = metaworld & (dims >= 18) & ~goal  # the observation before
     for episode in range(episodes if sizes == result["reference_sizes"] else 0):
-        observation, expected = pool.reset()[0], reference.reset()
+        observation, expected = reset(pool)[0], reference.reset()
         result["reset_error"] = max(result["reset_error"], float(errors(observation, expected)[~goal].max()))
-        policy, ends, reference_ends = make_policy(task, pool.action_dim, rng), False, False
+        policy, ends, reference_ends = make_policy(task, sizes[1], rng), False, False
         state_error, largest, agreed, steps = 0.0, 0.0, 0, 0
         while not (ends or reference_ends) and steps < max_steps:
             action = policy(observation)
-            pool.send(action[None])
-            observations, rewards, terminated, truncated, info = pool.recv()
-            success = info.get("success", np.nan)
+            pool.send(action[None], np.arange(1))
+            observations, rewards, terminated, truncated, success, _ = pool.recv()
             observation, ends, steps = observations[0], bool(terminated[0] or truncated[0]), steps + 1
             expected, reward, *reference_ends, info = reference.env.step(action)
             reference_ends, reward_error = any(reference_ends), float(errors(rewards[0], reward))
@@ -212,7 +216,7 @@ def compare_paired(
             if state_error <= STATE_TOLERANCE:
                 result["reward_error"] = max(result["reward_error"], reward_error)
                 result["rewarded_steps"] += bool(reward != 0)
-                result["success_differs"] += "success" in info and int(np.ravel(success)[0] != info["success"])
+                result["success_differs"] += "success" in info and int(success[0] != info["success"])
             largest = max(largest, state_error, reward_error)
             agreed = steps if largest <= TOLERANCE else agreed
             if state_error > TOLERANCE and episode:
@@ -237,13 +241,13 @@ def sample_envpool(task: str, make_policy, episodes: int, seed: int) -> Sample:
     pool, rng = brc.EnvPoolTask(task, COPIES, seed), np.random.default_rng([seed, 1])
     rows, length = [], LENGTH[task.split("/")[0]]
     for _ in range(math.ceil(episodes / COPIES)):
-        observations = first = pool.reset()
-        policies = [make_policy(task, pool.action_dim, rng) for _ in range(COPIES)]
+        observations = first = reset(pool)
+        policies = [make_policy(task, pool.action_dims[0], rng) for _ in range(COPIES)]
         total, returns, best = 0.0, np.zeros(COPIES), np.zeros(COPIES)
         for _ in range(length):
-            pool.send(np.stack([policy(row) for policy, row in zip(policies, observations, strict=True)]))
-            observations, rewards, _, _, info = pool.recv()
-            success = info.get("success", np.nan)
+            actions = np.stack([policy(row) for policy, row in zip(policies, observations, strict=True)])
+            pool.send(actions, np.arange(COPIES))
+            observations, rewards, _, _, success, _ = pool.recv()
             total, returns, best = total + observations, returns + rewards, np.maximum(best, success)
         rows += zip(first, total / length, returns, best, strict=True)
     pool.close()

@@ -750,17 +750,23 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
     for axis, panel in zip(axes.flat, panels, strict=False):
         for index, (label, runs) in enumerate(groups.items()):
             lines = []
-            for _, curves in runs:
-                points = list(curves.values()) if panel == "mean" else [curves.get(panel)]
-                if points[0] is None or (panel == "mean" and len(points) < len(tasks)):
+            for seed, curves in runs:
+                found = [dict(curves[task]) for task in (tasks if panel == "mean" else [panel]) if task in curves]
+                if len(found) < (len(tasks) if panel == "mean" else 1):
+                    if panel == "mean":
+                        lacks = f"it has {len(found)} of {len(tasks)} tasks"
+                        print(f"mean: {label}, seed {seed} is left out: {lacks}", file=sys.stderr)
                     continue
-                steps = np.array([step for step, _ in points[0]])
-                values = np.mean([[value for _, value in curve][: len(steps)] for curve in points], axis=0)
-                lines.append(dict(zip(steps, values, strict=True)))
-                axis.plot(steps / 1e3, values, color=f"C{index}", linewidth=0.7, alpha=0.5)
+                steps = sorted(set.intersection(*map(set, found)))  # where all of its tasks were evaluated
+                lines.append({step: np.mean([points[step] for points in found]) for step in steps})
+                axis.plot(np.array(steps) / 1e3, list(lines[-1].values()), color=f"C{index}", linewidth=0.7, alpha=0.5)
             if not lines:
                 continue
-            shared = sorted(set.intersection(*(set(line) for line in lines)))
+            shared = sorted(set.intersection(*map(set, lines)))
+            beyond = max(max(line, default=0) for line in lines)
+            if len(shared) < max(map(len, lines)):
+                until = f"to step {shared[-1]:,} of {beyond:,}" if shared else "no step in common"
+                print(f"{panel}: {label}, mean of steps that all {len(lines)} seeds have, {until}", file=sys.stderr)
             mean = [np.mean([line[step] for line in lines]) for step in shared]
             label = f"{label} ({len(lines)} seed{'s' * (len(lines) > 1)})"
             marker = "D" if len(shared) == 1 else None  # one evaluation: a line would not be seen
@@ -775,6 +781,7 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
     lines, names = axes.flat[len(panels) - 1].get_legend_handles_labels()
     figure.legend(lines, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130, bbox_inches="tight")
     print(f"wrote {out}")
     return 0

@@ -289,11 +289,11 @@ class Steps:
         class Envs(module.ParallelEnvs):
             """Steps only when the results are asked for, after the update."""
 
-            def send(self, actions):
-                self.actions = actions
+            def send(self, *arguments, **resting):
+                self.sent = arguments, resting
 
             def recv(self):
-                super().send(self.actions)
+                super().send(*self.sent[0], **self.sent[1])
                 return super().recv()
 
         class Progress(module.tqdm):
@@ -411,17 +411,15 @@ class SleepingTask:
     """An environment whose step takes `seconds` without computing, like one that runs on other cores."""
 
     seconds = 0.0
-    num_envs, observation_dim, action_dim = 1, 20, 6
+    task_numbers, num_envs, observation_dims, action_dims = [0], 1, [20], [6]
 
-    def reset(self):
-        return np.zeros((1, self.observation_dim))
-
-    def send(self, actions):
+    def send(self, actions, rows):
         self.ready = time.perf_counter() + self.seconds
 
     def recv(self):
         time.sleep(max(0.0, self.ready - time.perf_counter()))
-        return np.zeros((1, self.observation_dim)), np.ones(1), np.zeros(1, bool), np.zeros(1, bool), {}
+        no = np.zeros(1, bool)
+        return brc.Results(np.zeros((1, *self.observation_dims)), np.ones(1), no, no, np.full(1, np.nan), no)
 
     def close(self):
         pass
@@ -442,16 +440,16 @@ class Overlap:
 
     def __call__(self) -> list[dict]:
         args = brc.Args(critic_width=self.critic_width, batch_size=self.batch_size)
-        agent = brc.make_agent(args, 1, SleepingTask.observation_dim, SleepingTask.action_dim)
-        batches = random_batch(args.utd, self.batch_size, SleepingTask.observation_dim, SleepingTask.action_dim, 1)
+        sizes = *SleepingTask.observation_dims, *SleepingTask.action_dims
+        agent, batches = brc.make_agent(args, 1, *sizes), random_batch(args.utd, self.batch_size, *sizes, 1)
         state = [agent.init(0)]
 
         def update():
             state[0] = jax.block_until_ready(agent.update(state[0], batches, np.full(1, 50, np.float32))[0])
 
         class Envs(brc.ParallelEnvs):
-            def make_pool(self, *_):
-                return SleepingTask()
+            def make_pools(self, *_):
+                return [SleepingTask()]
 
         class Progress(brc.tqdm):
             def update(self, n=1):

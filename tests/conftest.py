@@ -60,8 +60,9 @@ def run(request, environment):
 
 @pytest.fixture
 def own_signal_handlers():
-    """`main` sets handlers of SIGINT and SIGTERM; here they must not outlive the test."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """`main` sets handlers of signals; here they must not outlive the test."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    handlers = {signum: signal.getsignal(signum) for signum in map(signal.Signals.__getitem__, names)}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -74,6 +75,8 @@ def command_line(request, monkeypatch, capfd):
     def command_line(*arguments) -> tuple[int, str]:
         script = str(request.module.SCRIPT)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        for name in ("stdout", "stderr"):  # which the script replaces
+            monkeypatch.setattr(sys, name, getattr(sys, name))
         status = 0
         try:
             runpy.run_path(script, run_name="__main__")

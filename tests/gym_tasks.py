@@ -84,6 +84,82 @@ class NoFile(Counter):
         return super().step(action)
 
 
+class RaisesAmid(Counter):
+    """Fails at the third step of its second episode."""
+
+    def step(self, action):
+        if self.steps == self.length + 2:
+            raise RuntimeError("the arm fell off")
+        return super().step(action)
+
+
+class Hangs(Counter):
+    """Does not come back from its 21st step."""
+
+    def step(self, action):
+        if self.steps == 20:
+            time.sleep(3600)
+        return super().step(action)
+
+
+class AlwaysRaises(Counter):
+    """Fails at every step."""
+
+    def step(self, action):
+        raise RuntimeError("no power")
+
+
+def marks() -> int:
+    """How often it was called before, by any process: counted in the file that GYM_TASKS_MARKS names."""
+    with open(os.environ.get("GYM_TASKS_MARKS", "marks"), "a") as file:  # a fork server knows its first environment
+        file.write("x")
+        file.flush()
+        return file.tell() - 1
+
+
+class RaisesOnce(Counter):
+    """Fails at its 21st step, and never again, in no process."""
+
+    def step(self, action):
+        if self.steps == 20 and marks() == 0:
+            raise RuntimeError("a fuse blew")
+        return super().step(action)
+
+
+class KilledWhenRemade(Counter):
+    """Its process dies at its 21st step, and the next one while it makes it; the one after that lives."""
+
+    def __init__(self, length: int, ends: str):
+        super().__init__(length, ends)
+        self.made = marks()
+        if self.made == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def step(self, action):
+        if self.steps == 20 and self.made == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class FailsAtReset(Counter):
+    """Cannot begin its second episode, nor any after it, as where a simulator's files were deleted."""
+
+    broken = False  # of all that its process makes
+
+    def reset(self, *, seed=None, options=None):
+        if self.episode == 0 or FailsAtReset.broken:
+            FailsAtReset.broken = True
+            raise RuntimeError("no floor")
+        return super().reset(seed=seed)
+
+
+class RaisesInConstructor(Counter):
+    """Raises, when it is made, what make_env does not expect."""
+
+    def __init__(self, length: int, ends: str):
+        raise RuntimeError("no licence")
+
+
 class KilledAtStart(Counter):
     """Its process dies before its first observation, as for lack of memory when many start."""
 
@@ -103,6 +179,48 @@ class BadReward(Counter):
     def step(self, action):
         observation, reward, terminated, truncated, info = super().step(action)
         return observation, self.bad if self.steps == 161 else reward, terminated, truncated, info
+
+
+class GlobalRandom(gym.Env):
+    """Draws from NumPy's global generator, as some of HumanoidBench do: a number when it is made and at a reset, two at
+    a step. draw: a function of np.random; of Gaussians, it keeps the second half of a pair for the next draw.
+    """
+
+    def __init__(self, draw: str, render_mode=None):
+        self.draw = getattr(np.random, draw)  # of np.random's own state, which set_state and such change
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.made = self.draw()
+
+    def observation(self) -> np.ndarray:
+        return np.float32([self.made, self.draw(), self.t])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observation(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observation(), float(self.draw()), False, self.t == 7, {}
+
+
+class Unstable(Counter):
+    """A MuJoCo simulation that diverges at once, of which MuJoCo warns."""
+
+    def __init__(self, length: int, ends: str):
+        import mujoco
+
+        super().__init__(length, ends)
+        xml = '<mujoco><worldbody><body><freejoint/><geom size="1"/></body></worldbody></mujoco>'
+        self.model, self.simulate = mujoco.MjModel.from_xml_string(xml), mujoco.mj_step
+        self.data = mujoco.MjData(self.model)
+
+    def step(self, action):
+        self.data.qfrc_applied[0] = 1e30
+        self.simulate(self.model, self.data)
+        assert self.data.warning.number.any(), "it did not diverge"
+        return super().step(np.asarray(action))
 
 
 class Point(gym.Env):
@@ -183,7 +301,17 @@ REGISTERED = {
     "Raises": (Raises, {"length": 5, "ends": "terminated"}),
     "Killed": (Killed, {"length": 5, "ends": "terminated"}),
     "NoFile": (NoFile, {"length": 5, "ends": "terminated"}),
+    "RaisesAmid": (RaisesAmid, {"length": 7, "ends": "terminated", "success_at": 2}),
+    "Hangs": (Hangs, {"length": 5, "ends": "terminated"}),
+    "AlwaysRaises": (AlwaysRaises, {"length": 5, "ends": "terminated"}),
+    "RaisesOnce": (RaisesOnce, {"length": 5, "ends": "terminated"}),
+    "KilledWhenRemade": (KilledWhenRemade, {"length": 5, "ends": "terminated"}),
+    "FailsAtReset": (FailsAtReset, {"length": 5, "ends": "terminated"}),
+    "RaisesInConstructor": (RaisesInConstructor, {"length": 5, "ends": "terminated"}),
     "KilledAtStart": (KilledAtStart, {"length": 5, "ends": "terminated"}),
+    "Uniform": (GlobalRandom, {"draw": "uniform"}),
+    "Gaussian": (GlobalRandom, {"draw": "normal"}),
+    "Unstable": (Unstable, {"length": 5, "ends": "truncated"}),
     "Endless": (Counter, {"length": 5, "ends": "never"}),
     "InfReward": (BadReward, {"bad": np.inf}),
     "NaNReward": (BadReward, {"bad": np.nan}),

@@ -176,6 +176,9 @@ def play(normalizer, steps, num_tasks: int = 1) -> np.ndarray:
         ([(3, "", None), (-5, "", None), (4, "", None)], 5),
         # the reset between two episodes: neither its reward nor a link between them
         ([(1, "terminated", None), (50, "reset", None), (1, "", None), (1, "terminated", None)], 1.5),
+        # an episode whose simulator failed counts by its largest |r|, and is no part of the next one
+        ([(5, "", None), (77, "reset", None), (77, "reset", None), (1, "terminated", None)], 5),
+        ([(4, "", None), (77, "reset", None), (2, "truncated", None)], 2 + 0.5 * 2 / (1 - 0.5)),
         # Eq. 2 never forgets
         ([(9, "terminated", None), (0, "reset", None), (1, "terminated", None)], 9),
         # nothing but zeros

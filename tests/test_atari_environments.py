@@ -9,6 +9,7 @@ Otherwise only their random generators differ, which draw 1 to 30 no-ops at the 
 
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -24,11 +25,12 @@ TWO = [f"{PIXELS}Lives7-v0", f"{PIXELS}Truncates3-v0"]
 
 @pytest.fixture
 def environments():
-    """environments(tasks, num_envs=1, seed=0, backend="auto"): ParallelEnvs that the end of the test closes."""
+    """environments(tasks, num_envs=1, seed=0, backend="auto", workers=None): ParallelEnvs that the end of the test
+    closes."""
     opened = []
 
-    def build(tasks: list[str], num_envs: int = 1, seed: int = 0, backend: str = "auto") -> brc.ParallelEnvs:
-        opened.append(brc.ParallelEnvs(tasks, num_envs, seed, backend))
+    def build(tasks: list[str], num_envs: int = 1, seed: int = 0, backend: str = "auto", workers=None):
+        opened.append(brc.ParallelEnvs(tasks, num_envs, seed, backend, workers))
         return opened[-1]
 
     yield build
@@ -39,6 +41,12 @@ def environments():
 def step(envs: brc.ParallelEnvs, actions=0) -> brc.Step:
     envs.send(np.broadcast_to(actions, envs.size))
     return envs.recv()
+
+
+def first_frames(pool: brc.EnvPoolTask) -> np.ndarray:
+    """Those that a reset of all shows."""
+    pool.send(None, np.arange(pool.num_envs))
+    return pool.recv().observations
 
 
 def newest(envs: brc.ParallelEnvs, actions=None) -> np.ndarray:
@@ -88,12 +96,12 @@ def test_envpool_and_ale_py_play_the_same_game(game, monkeypatch):
     """Also: no sticky actions, which would make them differ, and neither clips rewards."""
     pool, env = without_random_starts(game, monkeypatch)
     rng, games, rewards = np.random.default_rng(0), 0, []
-    np.testing.assert_array_equal(pool.reset()[0], env.reset(seed=3)[0])
+    np.testing.assert_array_equal(first_frames(pool)[0], env.reset(seed=3)[0])
     done = False
     for t in range(400):
         action = rng.integers(18)
-        pool.send(np.array([action]))
-        frame, reward, terminated, truncated, info = pool.recv()
+        pool.send(np.array([action]), np.arange(1))
+        frame, reward, terminated, truncated, own_lives, _ = pool.recv()
         if done:  # envpool's reset step
             expected, lives, done, games = env.reset()[0], 0, False, games + 1
             assert reward[0] == 0 and not terminated[0] and not truncated[0]
@@ -101,7 +109,7 @@ def test_envpool_and_ale_py_play_the_same_game(game, monkeypatch):
             expected, expected_reward, done, cut, own_info = env.step(action)
             lives = own_info["lives"]
             assert (reward[0], terminated[0], truncated[0], cut) == (expected_reward, done, False, False), f"step {t}"
-            assert info["lives"][0] == lives
+            assert own_lives[0] == lives
             rewards.append(expected_reward)
         if not done:  # final frames differ, see above
             np.testing.assert_array_equal(frame[0], expected, err_msg=f"step {t}")
@@ -114,17 +122,17 @@ def test_envpool_and_ale_py_play_the_same_game(game, monkeypatch):
 def test_both_backends_begin_with_1_to_30_no_ops():
     """First frames of boxing, whose clock runs: each is that of some number of no-ops from 1 to 30."""
     env = brc.make_env("atari/boxing")
-    preprocessing, first_frames = env.env, []
+    preprocessing, known = env.env, []
     draws = preprocessing.unwrapped.np_random
     for count in range(1, 32):
         preprocessing.noop_max, preprocessing.unwrapped.np_random = 30, SimpleNamespace(
             integers=lambda low, high, count=count: count)  # fmt: skip
-        first_frames.append(env.reset()[0].tobytes())
-    assert len(set(first_frames)) == 31
+        known.append(env.reset()[0].tobytes())
+    assert len(set(known)) == 31
     preprocessing.unwrapped.np_random = draws
     pool = brc.EnvPoolTask("atari/boxing", 40, 5)
-    for found in (pool.reset(), [env.reset()[0] for _ in range(40)]):
-        counts = [1 + first_frames.index(frame.tobytes()) for frame in found]
+    for found in (first_frames(pool), [env.reset()[0] for _ in range(40)]):
+        counts = [1 + known.index(frame.tobytes()) for frame in found]
         assert max(counts) <= 30 and len(set(counts)) > 12
     pool.close()
 
@@ -195,10 +203,10 @@ def test_rows_belong_to_their_own_copy(environments):
     frames = [newest(envs), *(newest(envs, actions) for _ in range(25))]
     for rows, task, seed in ((slice(0, 3), tasks[0], seeds[0]), (slice(4, 7), tasks[2], seeds[2])):
         pool = brc.EnvPoolTask(task, 3, int(seed))
-        np.testing.assert_array_equal(frames[0][rows], pool.reset())
+        np.testing.assert_array_equal(frames[0][rows], first_frames(pool))
         for frame in frames[1:]:
-            pool.send(actions[rows])
-            np.testing.assert_array_equal(frame[rows], pool.recv()[0])
+            pool.send(actions[rows], np.arange(3))
+            np.testing.assert_array_equal(frame[rows], pool.recv().observations)
         assert len(np.unique(frames[-1][rows].reshape(3, -1), axis=0)) == 3, "copies must not play alike"
         pool.close()
 
@@ -309,7 +317,7 @@ def test_unknown_gymnasium_ids(task):
 def test_missing_package_names_the_install_command(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(brc.UserError) as error:
-        brc.ParallelEnvs(["atari/pong"], 1, 0, "gymnasium")
+        brc.make_env("atari/pong")
     assert brc.INSTALL["atari"] in str(error.value)
 
 
@@ -318,7 +326,7 @@ def test_envpool_may_be_missing(environments, monkeypatch):
     with pytest.raises(brc.UserError, match="pip install envpool"):
         brc.ParallelEnvs(["atari/pong"], 1, 0, "envpool")
     (pool,) = environments(["atari/pong"]).pools
-    assert isinstance(pool, brc.GymnasiumTask)
+    assert isinstance(pool, brc.WorkerGroup)
 
 
 def test_envpool_backend_refuses_other_families():
@@ -326,46 +334,63 @@ def test_envpool_backend_refuses_other_families():
         brc.ParallelEnvs([f"{PIXELS}Catch-v0"], 1, 0, "envpool")
 
 
-@pytest.mark.filterwarnings("ignore")  # Gymnasium's, with the worker's traceback
-@pytest.mark.parametrize(("name", "message"), [("Raises", "the joystick broke"), ("Killed", "died")])
-def test_a_worker_that_fails_is_reported_within_seconds(name, message):
-    """At its 21st step, four resets not counted."""
-    envs = brc.ParallelEnvs([f"{PIXELS}{name}-v0", f"{PIXELS}Terminates5-v0"], 1, 0, "auto")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Raises", "failed: RuntimeError: the joystick broke"), ("Killed", "ended its worker process")],
+)
+def test_a_task_that_fails_starts_again(name, message, environments):
+    """Within seconds, at its 21st step, four resets not counted. One that raises does so alone; with a process that
+    dies, all of its tasks start again, at the next step."""
+    reports = []
+    tasks = [f"{PIXELS}{name}-v0", f"{PIXELS}Lives7-v0"]
+    envs = environments(tasks, workers=brc.EnvWorkers(1, report=reports.append))
     envs.reset()
     for _ in range(20 + 4):
         step(envs)
+        assert not envs.interrupted
     started = time.monotonic()
-    with pytest.raises(brc.UserError, match=f"pixel_tasks:Pixel{name}-v0.*{message}"):
-        step(envs)
-    envs.close()
+    lost = [step(envs)]
+    if name == "Killed":
+        lost.append(step(envs))
     assert time.monotonic() - started < 20
+    assert len(reports) == 1 and reports[0].startswith(f"{tasks[0]} {message}")
+    for frames, rewards, terminated, truncated, life_lost, first, valid in lost:
+        restarted = [True, name == "Killed"]
+        assert valid.tolist() == [not again for again in restarted] and first[restarted].all()
+        assert not (terminated | truncated)[restarted].any() and not life_lost[restarted].any()
+        assert not rewards[restarted].any() and not frames[restarted, :-1].any()
+    assert envs.interrupted and envs.episode_return[0] == envs.episode_length[0] == 0
+    assert told(lost[-1].frames[:1, -1]) == [(0, 0, -1)]
+    frames, rewards, *_, valid = step(envs)
+    assert not envs.interrupted and valid.all() and rewards[0] == 1
+    assert told(frames[:, -1]) == [(0, 1, 0), (0, 1, 0) if name == "Killed" else (3, 2, 0)]
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
+
 class Copies:
     """Several copies of one task in this process, which reset on the step after done, as envpool has them."""
 
-    def __init__(self, task: str, num_envs: int):
-        self.envs, self.num_envs = [brc.make_env(task) for _ in range(num_envs)], num_envs
-        self.action_dim = int(self.envs[0].action_space.n)
+    def __init__(self, task: str, num_envs: int, number: int):
+        self.envs, self.task_numbers, self.num_envs = [brc.make_env(task) for _ in range(num_envs)], [number], num_envs
+        self.action_dims, self.done = [int(self.envs[0].action_space.n)], np.ones(num_envs, bool)
 
-    def reset(self):
-        self.done = [False] * self.num_envs
-        return np.stack([env.reset()[0] for env in self.envs])
-
-    def send(self, actions):
-        self.actions = actions
+    def send(self, actions, rows):
+        self.actions, self.rows = actions, rows
+        self.done |= actions is None
 
     def recv(self):
-        rows = [
-            (*env.reset()[:1], 0.0, False, False, {}) if done else env.step(action)
-            for env, done, action in zip(self.envs, self.done, self.actions, strict=True)
-        ]
-        frames, rewards, terminated, truncated, infos = zip(*rows, strict=True)
-        self.done = [a or b for a, b in zip(terminated, truncated, strict=True)]
-        lives = np.array([info.get("lives", 0) for info in infos])
-        return np.stack(frames), np.array(rewards), np.array(terminated), np.array(truncated), {"lives": lives}
+        rows = []
+        for i, row in enumerate(self.rows):
+            env = self.envs[row]
+            if self.done[row]:
+                rows.append((env.reset()[0], 0.0, False, False, 0, False))
+            else:
+                *step, info = env.step(self.actions[i])
+                rows.append((*step, info.get("lives", 0), False))
+            self.done[row] = rows[-1][2] or rows[-1][3]
+        return brc.Results(*map(np.array, zip(*rows, strict=True)))
 
     def close(self):
         pass
@@ -375,11 +400,11 @@ class Local(brc.ParallelEnvs):
     """copies: of every task."""
 
     def __init__(self, tasks, copies):
-        self.copies = dict(zip(tasks, copies, strict=True))
+        self.copies = copies
         super().__init__(tasks, 1, 0, "auto")
 
-    def make_pool(self, task, num_envs, seed, backend):
-        return Copies(task, self.copies[task])
+    def make_pools(self, *_):
+        return [Copies(task, self.copies[number], number) for number, task in enumerate(self.tasks)]
 
 
 def evaluate(envs, episodes: int, stop=(), act=None):
@@ -405,30 +430,25 @@ def test_evaluate_counts_whole_games(copies, returns):
 
 
 def test_evaluate_ignores_what_the_reset_step_pays():
-    class PayingResets(Local):
-        def make_pool(self, *arguments):
-            pool = super().make_pool(*arguments)
-            recv = pool.recv
+    def paying(recv):
+        results = recv()
+        return results._replace(rewards=results.rewards + 1000 * (results.observations[:, 0, 1] == 0))
 
-            def paying():
-                frames, rewards, *rest = recv()
-                return frames, rewards + 1000 * (frames[:, 0, 1] == 0), *rest
-
-            pool.recv = paying
-            return pool
-
-    assert [row["return"] for row in evaluate(PayingResets(TWO, (1, 1)), 3)] == [98, 36]
+    envs = Local(TWO, (1, 1))
+    for pool in envs.pools:
+        pool.recv = partial(paying, pool.recv)
+    assert [row["return"] for row in evaluate(envs, 3)] == [98, 36]
 
 
 def test_what_the_agent_sees_in_evaluation():
-    """Stacks begin blank with every game and every life, as in training."""
+    """Stacks begin blank with every game and every life, as in training. The second task ends after 7 steps."""
     seen = []
 
     def act(frames, task_ids):
-        assert frames.shape == (2, 4, 84, 84) and task_ids.tolist() == [0, 1]
+        assert frames.shape == (len(task_ids), 4, 84, 84) and task_ids.tolist() == ([0, 1] if len(seen) < 7 else [0])
         # the step that every frame of the first task's stack shows, "-" for a blank one
         seen.append("".join("-" if frame.max() == 0 else str(frame[0, 1]) for frame in frames[0]))
-        return np.zeros(2, int)
+        return np.zeros(len(task_ids), int)
 
     evaluate(Local(TWO, (1, 1)), 2, act=act)
     game = "---0 --01 ---2 --23 -234 ---5 --56".split()  # lives are lost at steps 2, 5 and 7
@@ -453,8 +473,38 @@ def test_evaluate_again_starts_new_games():
     envs = Local(TWO, (1, 1))
     evaluate(envs, 1)
     first, second = evaluate(envs, 1)
-    assert first["return"] == 28 + 70
-    assert (second["return"] - 6) % 30 == 0, "not the return of a whole game"
+    assert (first["return"], second["return"]) == (28 + 70, 6 + 30), "not those of the whole second games"
+
+
+def test_evaluate_fails_with_an_environment_and_works_again(environments):
+    reports = []
+    workers = brc.EnvWorkers(1, report=reports.append)
+    envs = environments([f"{PIXELS}Raises-v0", f"{PIXELS}Truncates3-v0"], workers=workers)
+    assert evaluate(envs, 5) is None, "it fails at its 21st step, of 25"
+    assert reports == [f"{PIXELS}Raises-v0 failed: RuntimeError: the joystick broke"]
+    first, second = evaluate(envs, 2)
+    assert first["return"] == 65 + 25, "games 1 and 2 of the new environment: its first began with the fault"
+    assert first["episodes"] == second["episodes"] == 2 and len(reports) == 1
+
+
+def test_finished_copies_rest():
+    """The policy is asked for no action of theirs, they are not stepped; it sees few different numbers of rows."""
+    tasks = [f"{PIXELS}{name}-v0" for name in ("Truncates3", "Terminates5", "Truncates20")]
+    copies, lengths, asked = (8, 4, 2), (3, 5, 20), []
+    envs = Local(tasks, copies)
+
+    def act(frames, task_ids):
+        t = len(asked)
+        assert len(frames) == len(task_ids) and set(task_ids) == {task for task in range(3) if t < lengths[task]}
+        assert all((e, step) == (0, t) for e, step, _ in told(frames[:, -1])), "rows that rest show blank frames"
+        asked.append(len(task_ids))
+        return np.zeros(len(task_ids), int)
+
+    rows = evaluate(envs, 2, act=act)
+    assert [row["episodes"] for row in rows] == list(copies) and [row["return"] for row in rows] == [6, 15, 210]
+    assert asked == [14] * 3 + [7] * 2 + [3] * 15
+    for pool, length in zip(envs.pools, lengths, strict=True):
+        assert [env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
 
 
 def test_evaluate_stops_when_asked():
@@ -464,15 +514,20 @@ def test_evaluate_stops_when_asked():
 def test_evaluation_of_a_real_game_counts_games_not_lives(environments):
     """Breakout without launching the ball would last 27,000 steps; random actions end its five lives soon."""
     rng, envs, steps, games = np.random.default_rng(0), environments(["atari/breakout"], num_envs=2), [], []
+    recv = envs.recv
+
+    def watched():
+        result = recv()
+        games.extend(envs.episode_return[result.done])
+        return result
 
     def act(frames, task_ids):
         steps.append(len(steps))
-        games.extend(envs.episode_return[envs.done])
-        return rng.integers(18, size=2)
+        return rng.integers(18, size=len(task_ids))
 
+    envs.recv = watched
     (row,) = evaluate(envs, 4, act=act)
-    games.extend(envs.episode_return[envs.done])
-    assert row["episodes"] == 4 and min(games) >= 0 and max(games) < 20 and len(games) >= 4
-    assert min(games) <= row["return"] <= max(games)
+    assert row["episodes"] == len(games) == 4 and min(games) >= 0 and max(games) < 20
+    assert row["return"] == np.mean(games)
     assert row["score"] == pytest.approx((row["return"] - 1.7) / (30.5 - 1.7), abs=1e-5)
     assert len(steps) > 200, "four lives' worth of steps"

@@ -36,8 +36,8 @@ def test_a_wrong_order_of_observations_is_seen(monkeypatch):
 
 
 def test_a_wrong_range_of_actions_is_seen(monkeypatch):
-    send = brc.EnvPoolTask.send
-    monkeypatch.setattr(brc.EnvPoolTask, "send", lambda self, actions: send(self, 0.9 * actions))
+    send, scaled = brc.EnvPoolTask.send, lambda actions: None if actions is None else 0.9 * actions
+    monkeypatch.setattr(brc.EnvPoolTask, "send", lambda self, actions, rows: send(self, scaled(actions), rows))
     result = compare.compare_paired("dmc/cartpole-swingup", compare.random_policy, episodes=1, seed=3, max_steps=20)
     assert result["reset_error"] < 1e-4 and result["agree_steps"] < 20
 

@@ -275,8 +275,7 @@ def test_means_of_table_5_recompute():
     table, printed = plot.atari_table(), pd.read_csv(plot.PAPER_TABLES / "table5.csv").iloc[-1]
     assert len(table) == 26 and printed["game"] == "Mean"
     means = {
-        agent: np.mean([drq.normalized_score(task, value) for task, value in table[agent].items()])
-        for agent in table
+        agent: np.mean([drq.normalized_score(task, value) for task, value in table[agent].items()]) for agent in table
     }
     for agent in ("Human", "SimPLe", "DER", "SPR", "DrQ", "BRC*"):
         assert means[agent] == pytest.approx(printed[agent], abs=0.0006), agent
@@ -591,6 +590,34 @@ def test_curves_of_run_directories(tmp_path, capsys):
     assert list(curves) == list(launch.tasks_of(runs[0], LAPTOP))
     last = {task: points[-1] for task, points in curves.items()}
     assert last == {task: (8000, pytest.approx(known(runs[0], task, 8000))) for task in curves}
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_means_are_taken_at_equal_steps(order, tmp_path, monkeypatch, capsys):
+    """Two runs of one label, evaluated every 1,000 and 2,000 steps, whose score is the step, a third that stopped: the
+    mean at step 10,000 was 7,500, and in the other order an exception."""
+    run = EXPERIMENTS["figure7"].runs(LAPTOP)[0]
+    base = json.loads((write_run(tmp_path, run, known) / "args.json").read_text())
+    for name, task, every, last in (("a", "A", 1000, 10_000), ("b", "B", 2000, 10_000), ("c", "A", 1000, 3000)):
+        (tmp_path / name).mkdir()
+        args = {**base, "seed": 1 + (name == "c"), "env_info": {**base["env_info"], "task_names": [task]}}
+        (tmp_path / name / "args.json").write_text(json.dumps({**args, "eval_every": every, "env_ids": [task]}))
+        rows = [f"{step},{step},1.0,gym/{task},1,{step},,{step}" for step in range(0, last + 1, every)]
+        (tmp_path / name / "eval.csv").write_text("\n".join([",".join(drq.EVAL_COLUMNS), *rows, ""]))
+    drawn, figures = {}, plot.plt.subplots
+    monkeypatch.setattr(plot.plt, "subplots", lambda *a, **k: drawn.setdefault("figure", figures(*a, **k)))
+    directories = [str(tmp_path / name) for name in (*order, "c")]
+    assert plot.main(plot.Args(tuple(directories), out=tmp_path / "new" / "x.png", labels=("x",) * 3)) == 0
+    lines = {
+        axis.get_title(): {round(float(x), 1): float(y) for line in axis.lines if line.get_linewidth() > 2
+                           for x, y in zip(*line.get_data(), strict=True)}
+        for axis in drawn["figure"][1].flat
+    }  # fmt: skip
+    assert lines["mean"] == {x: x * 1000 for x in (0, 2, 4, 6, 8, 10)}
+    assert lines["gym/A"] == {x: x * 1000 for x in (0, 1, 2, 3)}, "the steps that both seeds have"
+    error = capsys.readouterr().err
+    assert "mean: x, seed 2 is left out: it has 1 of 2 tasks" in error
+    assert "gym/A: x, mean of steps that all 2 seeds have, to step 3,000 of 10,000" in error
 
 
 @pytest.mark.parametrize("name", readme_tables.TABLES)

@@ -369,25 +369,72 @@ def test_run_root_that_is_a_file(command_line, tmp_path):
 
 
 @pytest.fixture(scope="module", params=["Raises", "Killed", "NoFile", "KilledAtStart"])
-def failed(request, run, tmp_path_factory) -> tuple[str, subprocess.CompletedProcess]:
-    """A run whose environment fails at its 21st step, or before its first."""
+def failed(request, run, tmp_path_factory) -> tuple[str, subprocess.CompletedProcess, Path]:
+    """A run whose environment fails at every 21st of its steps, or before its first; and its directory."""
     task, root = f"gym/gym_tasks:{request.param}-v0", tmp_path_factory.mktemp("failed")
-    return task, run("--env-ids", task, *SMALL, *NO_UPDATES, "--total-timesteps", 1000, "--run-root", root, seconds=240)
+    arguments = ["--env-ids", task, *SMALL, *NO_UPDATES, "--total-timesteps", 1000]
+    return task, run(*arguments, "--run-root", root, "--run-name", "run"), root / "run"
+
+
+def warnings_of(stderr: str) -> list[str]:
+    return [line for line in re.split(r"[\r\n]", stderr) if line.startswith("warning: ")]
 
 
 def test_failing_environment_ends_the_run(failed):
-    task, result = failed
+    task, result, _ = failed
     assert result.returncode == 2
     (line,) = (line for line in re.split(r"[\r\n]", result.stderr) if line.startswith("error: "))
     assert task in line
 
 
 def test_failing_environment_is_one_line(failed):
-    task, result = failed
-    line, died = error_line(result.stderr), "died, perhaps for lack of memory"
+    task, result, _ = failed
+    line, died = error_line(result.stderr), "ended its worker process, perhaps for lack of memory"
     expected = {"Raises": "RuntimeError: the arm fell off", "NoFile": "/nowhere/arm.stl", "Killed": died,
                 "KilledAtStart": died}  # fmt: skip
-    assert expected[task.removeprefix("gym/gym_tasks:").removesuffix("-v0")] in line
+    reason = expected[task.removeprefix("gym/gym_tasks:").removesuffix("-v0")]
+    assert reason in line
+    warned = warnings_of(result.stderr)
+    assert len(warned) == (0 if "KilledAtStart" in task else brc.Worker.max_failures)
+    assert all(task in warning and reason in warning for warning in warned)
+
+
+def test_failing_environment_leaves_a_checkpoint(failed):
+    """Written right after the last failure, and named."""
+    task, result, run_dir = failed
+    if "KilledAtStart" in task:
+        assert not run_dir.exists()
+        return
+    last = re.search(r"the last good checkpoint is (\S+)$", error_line(result.stderr))[1]
+    newest = brc.checkpoint_steps(run_dir)[0]
+    assert last == str(run_dir / "checkpoints" / str(newest)) and Path(last).is_dir()
+    failed_at = int(re.match(r"warning: step (\d+): ", warnings_of(result.stderr)[-1])[1])
+    assert newest == failed_at + 1
+
+
+@pytest.mark.parametrize("failed", ["Raises"], indirect=True)
+def test_run_that_failing_environments_ended_can_be_resumed(failed, tmp_path):
+    run_dir = shutil.copytree(failed[2], tmp_path / "run")
+    total = brc.checkpoint_steps(run_dir)[0] + 3
+    train("--resume", run_dir, "--total-timesteps", total)
+    assert brc.checkpoint_steps(run_dir)[0] == total and curve(run_dir)[-1]["step"] == str(total)
+
+
+def test_environment_that_fails_once_costs_an_episode(run, tmp_path):
+    """A line that says so and a checkpoint right after it; the run goes on to its end."""
+    tasks = ["gym/gym_tasks:RaisesOnce-v0", "gym/gym_tasks:Truncates3-v0"]
+    arguments = ["--env-ids", *tasks, *SMALL, *NO_UPDATES, "--total-timesteps", 60, "--run-root", tmp_path]
+    result = run(*arguments, "--run-name", "run", GYM_TASKS_MARKS=str(tmp_path / "marks"))
+    assert result.returncode == 0, result.stderr
+    (line,) = warnings_of(result.stderr)
+    assert line.startswith(f"warning: step 24: {tasks[0]} failed: RuntimeError: a fuse blew; ")
+    assert brc.checkpoint_steps(tmp_path / "run") == [60, 25]
+    assert [(row["step"], row["task"]) for row in curve(tmp_path / "run")] == [
+        (step, task) for step in ("0", "60") for task in tasks
+    ]
+    valid = restored(tmp_path / "run")[1].slots["valid"][:, :60]
+    assert np.flatnonzero(~valid[0]).tolist() == [5, 11, 17, 23, 24, 30, 36, 42, 48, 54]
+    assert np.flatnonzero(~valid[1]).tolist() == list(range(3, 60, 4)), "the other task's episodes are as ever"
 
 
 def test_task_that_never_ends_is_an_error(tmp_path, monkeypatch):

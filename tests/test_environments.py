@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -60,16 +62,21 @@ def mark(tasks, marks: dict) -> list:
 
 @pytest.fixture
 def environments():
-    """environments(tasks, num_envs=1, seed=0, backend="auto"): ParallelEnvs that the end of the test closes."""
+    """environments(tasks, num_envs=1, seed=0, backend="auto", workers=None): ParallelEnvs that the end of the test
+    closes."""
     opened = []
 
-    def build(tasks: list[str], num_envs: int = 1, seed: int = 0, backend: str = "auto") -> brc.ParallelEnvs:
-        opened.append(brc.ParallelEnvs(tasks, num_envs, seed, backend))
+    def build(tasks: list[str], num_envs: int = 1, seed: int = 0, backend: str = "auto", workers=None):
+        opened.append(brc.ParallelEnvs(tasks, num_envs, seed, backend, workers))
         return opened[-1]
 
     yield build
     for envs in opened:
         envs.close()
+
+
+def gym_tasks(*names: str) -> list[str]:
+    return [f"gym/gym_tasks:{name}-v0" for name in names]
 
 
 def step(envs: brc.ParallelEnvs, action: float = 0.5):
@@ -412,36 +419,203 @@ def test_copies_of_a_task_have_different_seeds(environments):
     assert len(np.unique(first, axis=0)) == 4
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_do_what_a_plain_loop_does(workers, environments):
+    """Bit for bit, though one process steps several in turn, of which two draw from NumPy's global generator."""
+    tasks = [*gym_tasks("Uniform", "Gaussian"), "dmc/hopper-hop", *gym_tasks("PointRight", "Gaussian", "Truncates3")]
+    envs = environments(tasks, seed=5, backend="gymnasium", workers=brc.EnvWorkers(workers))
+    assert len(envs.pools) == workers and envs.size == len(tasks)
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, envs.size, envs.action_dim)).astype(np.float32)
+    found = [(envs.reset(), np.zeros(envs.size, np.float32), np.zeros((2, envs.size), bool))]
+    for action in actions:
+        envs.send(action)
+        result = envs.recv()
+        found.append((result.observations, result.rewards, np.stack([result.terminated, result.truncated])))
+    seeds = np.random.SeedSequence(5).generate_state(len(tasks)) % 2**30
+    for row, (task, seed) in enumerate(zip(tasks, seeds.tolist(), strict=True)):
+        env, done = brc.make_env(task, seed=seed), False
+        (observation, _), reward, ends = env.reset(seed=seed), 0.0, [False, False]
+        for t in range(len(actions) + 1):
+            size = len(observation)
+            assert found[t][0][row, :size].tobytes() == np.float32(observation).tobytes(), f"{task}: step {t}"
+            assert found[t][1][row] == np.float32(reward) and found[t][2][:, row].tolist() == ends, f"{task}: step {t}"
+            if t == len(actions):
+                break
+            if done:
+                (observation, _), reward, ends = env.reset(), 0.0, [False, False]
+            else:
+                observation, reward, *ends, _ = env.step(actions[t, row, : env.action_space.shape[0]])
+            done = any(ends)
+
+
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
-def until_the_fault(task: str) -> brc.ParallelEnvs:
-    """Environments whose next step is the one that fails, the 21st of `task`; four more were resets."""
-    envs = brc.ParallelEnvs([task, "gym/gym_tasks:Terminates5-v0"], 1, 0, "auto")
+def until_the_fault(envs: brc.ParallelEnvs) -> None:
+    """The next step is the one that fails, the 21st of a task with episodes of five; four more were resets."""
     envs.reset()
     for _ in range(20 + 4):
         step(envs)
-    return envs
+        assert not envs.interrupted
 
 
-@pytest.mark.filterwarnings("ignore")  # Gymnasium's, with the worker's traceback
-def test_a_worker_that_raises_is_reported_within_seconds():
-    envs = until_the_fault("gym/gym_tasks:Raises-v0")
-    started = time.monotonic()
-    with pytest.raises(brc.UserError, match="gym/gym_tasks:Raises-v0.*the arm fell off"):
-        step(envs)
-    envs.close()
+def test_an_environment_that_raises_starts_again_alone(environments):
+    """Its episode is dropped, within seconds; its neighbour in the same process steps on."""
+    reports = []
+    envs = environments(gym_tasks("Raises", "Terminates5"), workers=brc.EnvWorkers(1, report=reports.append))
+    until_the_fault(envs)
+    before, started = envs.episode_return.copy(), time.monotonic()
+    result = step(envs)
     assert time.monotonic() - started < 20
+    assert reports == ["gym/gym_tasks:Raises-v0 failed: RuntimeError: the arm fell off"]
+    assert envs.interrupted and result.valid.tolist() == [False, True]
+    assert not result.done.any() and result.rewards.tolist() == [0, 41], "step 1 of episode 4"
+    assert result.observations.tolist() == [[0, 0, 0], [4, 1, 0.5]], "the first observation of a new environment"
+    assert before.tolist() == [0, 0] and envs.episode_return.tolist() == [0, 41]
+    assert envs.episode_length.tolist() == [0, 1]
+    result = step(envs)
+    assert not envs.interrupted and result.valid.all() and result.observations.tolist() == [[0, 1, 0.5], [4, 2, 0.5]]
+    assert envs.episode_return.tolist() == [1, 41 + 42] and len(reports) == 1
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_killed_worker_is_reported_within_seconds():
-    envs = until_the_fault("gym/gym_tasks:Killed-v0")
-    started = time.monotonic()
-    with pytest.raises(brc.UserError, match="gym/gym_tasks:Killed-v0 died"):
+def test_an_episode_that_failed_amid_counts_nowhere(environments):
+    """Here at step 2 of 7: the return so far is gone, and so is the success."""
+    envs = environments(gym_tasks("RaisesAmid"), workers=brc.EnvWorkers(1, report=lambda _: None))
+    envs.reset()
+    for _ in range(7 + 1 + 2):
         step(envs)
+    assert (envs.episode_return[0], envs.episode_length[0], envs.episode_success[0]) == (11 + 12, 2, 1)
+    step(envs)
+    assert envs.interrupted and (envs.episode_return[0], envs.episode_length[0]) == (0, 0)
+    assert np.isnan(envs.episode_success[0]) and envs.last_returns == {f"train/return/{envs.tasks[0]}": 28}
+    for t in range(1, 8):
+        result = step(envs)
+        assert not envs.interrupted and result.valid[0] and result.done[0] == (t == 7)
+    assert (envs.episode_return[0], envs.episode_length[0], envs.episode_success[0]) == (28, 7, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("Killed", "ended its worker process, perhaps for lack of memory"), ("Hangs", "gave no answer within 2 s")],
+)
+def test_a_lost_worker_starts_again(name, reason, environments):
+    """All of its environments do; those of the other worker step on."""
+    reports = []
+    workers = brc.EnvWorkers(2, report=reports.append)
+    envs = environments(gym_tasks("Terminates5", "Terminates5", name, "Truncates20"), workers=workers)
+    assert [group.task_numbers for group in envs.pools] == [[0, 2], [1, 3]]
+    until_the_fault(envs)
+    for worker in workers.workers:
+        worker.timeout = 2
+    started = time.monotonic()
+    lost = step(envs)
     assert time.monotonic() - started < 20
-    envs.close()
+    for worker in workers.workers:
+        worker.timeout = 600  # to start again takes longer on a busy machine
+    assert len(reports) == 1 and reports[0].startswith(f"gym/gym_tasks:{name}-v0 {reason}")
+    assert envs.interrupted and lost.valid.tolist() == [False, True, False, True]
+    assert not lost.done.any() and lost.rewards.tolist() == [0, 41, 0, 14]
+    assert envs.episode_return[[0, 2]].tolist() == envs.episode_length[[0, 2]].tolist() == [0, 0]
+    first = step(envs)  # the new process resets
+    assert envs.interrupted and first.valid.tolist() == [False, True, False, True]
+    assert first.observations[[0, 2], :3].tolist() == [[0, 0, 0]] * 2
+    after = step(envs)
+    assert not envs.interrupted and after.valid.all()
+    assert after.observations[:, :3].tolist() == [[0, 1, 0.5], [4, 3, 0.5], [0, 1, 0.5], [1, 6, 0.5]]
+    assert envs.episode_length.tolist() == [1, 3, 1, 6] and len(reports) == 1
+
+
+def test_a_process_that_dies_while_it_starts_again(environments, tmp_path, monkeypatch):
+    """The step after it is a reset, too."""
+    monkeypatch.chdir(tmp_path)
+    reports = []
+    workers = brc.EnvWorkers(1, report=reports.append)
+    envs = environments(gym_tasks("KilledWhenRemade", "Terminates5"), workers=workers)
+    until_the_fault(envs)
+    assert not step(envs).valid.any() and len(reports) == 1
+    first = step(envs)
+    assert len(reports) == 2 and (tmp_path / "marks").read_text() == "xxx"
+    assert envs.interrupted and not first.valid.any() and first.observations.tolist() == [[0, 0, 0]] * 2
+    assert step(envs).valid.all() and not envs.interrupted and envs.episode_length.tolist() == [1, 1]
+
+
+def test_training_and_evaluation_share_processes(environments, untrained):
+    """One dies in either: the other's environments start again at their next step, and both go on."""
+    reports = []
+    workers = brc.EnvWorkers(1, report=reports.append)
+    train, test = (environments(gym_tasks("Killed", "Truncates3"), workers=workers) for _ in range(2))
+    assert len(workers.workers) == 1 and train.pools[0].worker is test.pools[0].worker
+    until_the_fault(train)
+    test.reset()
+    step(test)
+    assert not step(train).valid.any() and train.interrupted and len(reports) == 1
+    for envs in (test, train):
+        result = step(envs)
+        assert envs.interrupted and not result.valid.any() and result.observations[:, :2].tolist() == [[0, 0]] * 2
+        assert envs.episode_length.tolist() == [0, 0]
+    for envs in (test, train):
+        assert step(envs).valid.all() and not envs.interrupted and envs.episode_return.tolist() == [1, 1]
+    assert brc.evaluate(untrained, test, 5, []) is None, "the 21st step of the new process"
+    assert len(reports) == 2
+    assert not step(train).valid.any() and train.interrupted
+    assert step(train).valid.all() and not train.interrupted
+    assert [row["return"] for row in brc.evaluate(untrained, test, 1, [])] == [15, 6]
+    assert step(train).valid.all() and train.episode_length.tolist() == [2, 2] and len(reports) == 2
+
+
+@pytest.mark.parametrize("names", [["AlwaysRaises"], ["AlwaysRaises"] * 2, ["AlwaysRaises"] * 7, ["FailsAtReset"]])
+def test_an_environment_that_keeps_failing_ends_the_run(names, environments):
+    """At the step after the last failure that is one too many, and not before; also where many share a process, or
+    where it fails as soon as it is made again."""
+    reports = []
+    envs = environments(gym_tasks(*names), workers=brc.EnvWorkers(1, report=reports.append))
+    envs.reset()
+    while envs.pools[0].worker.failures < brc.Worker.max_failures:
+        step(envs)
+    assert all(report.startswith(f"gym/gym_tasks:{names[0]}-v0 ") for report in reports)
+    assert len(reports) == brc.Worker.max_failures * len(names), "many in one step are one failure"
+    with pytest.raises(brc.WorkerFailure, match=f"gym/gym_tasks:{names[0]}-v0 .*{brc.Worker.max_failures} failures"):
+        step(envs)
+
+
+def test_failures_far_apart_do_not_end_the_run(environments, monkeypatch):
+    monkeypatch.setattr(brc.Worker, "failures_apart", 20)
+    reports = []
+    envs = environments(gym_tasks("Raises"), workers=brc.EnvWorkers(1, report=reports.append))
+    envs.reset()
+    while len(reports) < brc.Worker.max_failures + 2:
+        step(envs)
+    step(envs)
+    monkeypatch.setattr(brc.Worker, "failures_apart", 30)  # it fails every 25 steps
+    with pytest.raises(brc.WorkerFailure):
+        for _ in range(25 * brc.Worker.max_failures):
+            step(envs)
+    assert len(reports) == 2 * brc.Worker.max_failures + 1, "the first of those is the last of the others"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("KilledAtStart", "ended its worker process"), ("RaisesInConstructor", "no licence")]
+)
+def test_what_fails_before_its_first_step_is_an_error(name, message):
+    workers = brc.EnvWorkers(1)
+    with pytest.raises(brc.UserError, match=f"gym/gym_tasks:{name}-v0.*{message}"):
+        brc.ParallelEnvs(gym_tasks("Terminates5", name), 1, 0, "auto", workers)
+    workers.workers[0].kill()
+
+
+def test_a_worker_leaves_no_mujoco_log(environments, tmp_path, monkeypatch):
+    """MuJoCo writes its warnings to a file wherever it runs, unless told otherwise."""
+    for name in ("alone", "worker"):
+        (tmp_path / name).mkdir()
+    alone = "import gymnasium; env = gymnasium.make('gym_tasks:Unstable-v0'); env.reset(); env.step([0.0])"
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-c", alone], cwd=tmp_path / "alone", env=environment, check=True)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["MUJOCO_LOG.TXT"], "nothing to leave"
+    monkeypatch.chdir(tmp_path / "worker")
+    envs = environments(gym_tasks("Unstable"), workers=brc.EnvWorkers(1))
+    envs.reset()
+    assert step(envs).valid.all() and not envs.interrupted
+    assert not list((tmp_path / "worker").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -504,28 +678,43 @@ TWO = ["gym/gym_tasks:Terminates5-v0", "gym/gym_tasks:Truncates3-v0"]
 
 
 class Copies:
-    """Several copies of one task in one pool, as envpool has them."""
+    """Several copies of one task in this process, which reset on the step after done, as envpool has them."""
 
-    def __init__(self, task: str, num_envs: int, seed: int):
-        self.copies = [brc.GymnasiumTask(task, seed + copy) for copy in range(num_envs)]
-        self.num_envs = num_envs
-        self.observation_dim, self.action_dim = self.copies[0].observation_dim, self.copies[0].action_dim
+    def __init__(self, task: str, num_envs: int, number: int):
+        self.envs, self.task_numbers, self.num_envs = [brc.make_env(task) for _ in range(num_envs)], [number], num_envs
+        self.observation_dims = list(self.envs[0].observation_space.shape)
+        self.action_dims = list(self.envs[0].action_space.shape)
+        self.done = np.ones(num_envs, bool)
 
-    def reset(self):
-        return np.concatenate([copy.reset() for copy in self.copies])
-
-    def send(self, actions):
-        for copy, action in zip(self.copies, actions, strict=True):
-            copy.send(action[None])
+    def send(self, actions, rows):
+        self.actions, self.rows = actions, rows
+        self.done |= actions is None
 
     def recv(self):
-        *parts, infos = zip(*(copy.recv() for copy in self.copies), strict=True)
-        success = np.array([info.get("success", [np.nan])[0] for info in infos])
-        return *(np.concatenate(part) for part in parts), {"success": success}
+        rows = []
+        for i, row in enumerate(self.rows):
+            env = self.envs[row]
+            if self.done[row]:
+                rows.append((env.reset()[0], 0.0, False, False, np.nan, False))
+            else:
+                *step, info = env.step(self.actions[i, : self.action_dims[0]])
+                rows.append((*step, info.get("success", np.nan), False))
+            self.done[row] = rows[-1][2] or rows[-1][3]
+        return brc.Results(*map(np.array, zip(*rows, strict=True)))
 
     def close(self):
-        for copy in self.copies:
-            copy.close()
+        pass
+
+
+class Local(brc.ParallelEnvs):
+    """copies: of every task."""
+
+    def __init__(self, tasks, copies):
+        self.copies = copies
+        super().__init__(tasks, 1, 0, "auto")
+
+    def make_pools(self, *_):
+        return [Copies(task, self.copies[number], number) for number, task in enumerate(self.tasks)]
 
 
 @pytest.mark.parametrize(
@@ -538,13 +727,7 @@ class Copies:
     ],
 )
 def test_evaluate_counts_whole_episodes(copies, returns, successes, untrained):
-    class Envs(brc.ParallelEnvs):
-        def make_pool(self, task, num_envs, seed, backend):
-            return Copies(task, copies[TWO.index(task)], seed)
-
-    envs = Envs(TWO, 3, 0, "auto")
-    first, second = brc.evaluate(untrained, envs, 3, [])
-    envs.close()
+    first, second = brc.evaluate(untrained, Local(TWO, copies), 3, [])
     assert [first["task"], second["task"]] == TWO
     assert [row["episodes"] for row in (first, second)] == [len(episodes) for episodes in returns]
     assert [row["return"] for row in (first, second)] == [round(np.mean(episodes), 4) for episodes in returns]
@@ -561,35 +744,95 @@ def test_evaluation_environments_are_bounded(num_tasks, episodes, copies):
     assert brc.eval_copies(num_tasks, episodes) == copies
 
 
-def test_evaluate_ignores_what_the_reset_step_pays(untrained, environments):
-    class PayingResets(brc.ParallelEnvs):
+def test_evaluate_ignores_what_the_reset_step_pays(untrained):
+    def paying(recv):
         """Gymnasium pays 0 at a reset; envpool promises nothing."""
+        results = recv()
+        reset = results.observations[:, 1] == 0
+        success = np.where(reset, 1.0, results.reported)
+        return results._replace(rewards=results.rewards + 1000 * reset, reported=success)
 
-        def make_pool(self, *arguments):
-            pool = super().make_pool(*arguments)
-            recv = pool.recv
-
-            def paying():
-                observations, rewards, terminated, truncated, info = recv()
-                reset = observations[:, 1] == 0
-                success = np.where(reset, 1.0, info.get("success", np.nan))
-                return observations, rewards + 1000 * reset, terminated, truncated, {"success": success}
-
-            pool.recv = paying
-            return pool
-
-    envs = PayingResets(TWO, 1, 0, "auto")
+    envs = Local(TWO, (1, 1))
+    for pool in envs.pools:
+        pool.recv = functools.partial(paying, pool.recv)
     first, second = brc.evaluate(untrained, envs, 3, [])
-    envs.close()
     assert (first["return"], second["return"]) == (65, 36) and second["success"] == round(1 / 3, 5)
 
 
 def test_evaluate_again_starts_new_episodes(untrained, environments):
     envs = environments(TWO)
-    brc.evaluate(untrained, envs, 1, [])  # leaves the first task in its first episode's end, the second in its third
+    brc.evaluate(untrained, envs, 1, [])  # leaves both tasks at the end of their first episode
+    assert envs.last_returns == {f"train/return/{TWO[0]}": 15, f"train/return/{TWO[1]}": 6}
     first, second = brc.evaluate(untrained, envs, 1, [])
-    assert first["return"] == 15 + 50
-    assert (second["return"] - 6) % 30 == 0, "not the return of a whole episode"
+    assert (first["return"], second["return"]) == (15 + 50, 6 + 30), "not those of the whole second episodes"
+
+
+def test_evaluate_fails_with_an_environment_and_works_again(untrained, environments):
+    reports = []
+    envs = environments(gym_tasks("Raises", "Truncates3"), workers=brc.EnvWorkers(1, report=reports.append))
+    assert brc.evaluate(untrained, envs, 5, []) is None, "it fails at its 21st step, of 25"
+    assert reports == ["gym/gym_tasks:Raises-v0 failed: RuntimeError: the arm fell off"]
+    first, second = brc.evaluate(untrained, envs, 2, [])
+    assert first["return"] == 65 + 25, "episodes 1 and 2 of the new environment: its first began with the fault"
+    assert first["episodes"] == second["episodes"] == 2 and len(reports) == 1
+
+
+def test_finished_copies_rest():
+    """The policy is asked for no action of theirs, they are not stepped; it sees few different numbers of rows."""
+    tasks, copies, lengths = gym_tasks("Truncates3", "Terminates5", "Truncates20"), (8, 4, 2), (3, 5, 20)
+    envs, asked = Local(tasks, copies), []
+
+    def act(observations, task_ids):
+        assert len(observations) == len(task_ids)
+        t = len(asked)
+        assert set(task_ids) == {task for task in range(3) if t < lengths[task]}
+        assert (observations[:, 1] == t).all() and (observations[:, 0] == 0).all(), "rows that rest show zeros"
+        asked.append(len(task_ids))
+        return np.zeros((len(task_ids), 2), np.float32)
+
+    rows = brc.evaluate(act, envs, 2, [])
+    assert [row["episodes"] for row in rows] == list(copies) and [row["return"] for row in rows] == [6, 15, 210]
+    assert asked == [14] * 3 + [7] * 2 + [3] * 15
+    assert len(set(asked)) <= math.log2(envs.size) + 1
+    for pool, length in zip(envs.pools, lengths, strict=True):
+        assert [env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40, 100])
+def test_actions_go_to_the_rows_that_act(size):
+    rng, sizes = np.random.default_rng(size), set()
+
+    def act(observations, task_ids):
+        assert np.array_equal(observations[:, 0], task_ids)
+        sizes.add(len(task_ids))
+        return np.stack([task_ids, 2 * task_ids], axis=1).astype(np.float32)
+
+    for count in range(1, size + 1):
+        rows = np.sort(rng.choice(size, count, replace=False))
+        actions = brc.act_in_rows(act, np.arange(size)[:, None], np.arange(size), rows)
+        expected = np.where(np.isin(np.arange(size), rows), np.arange(size), 0)
+        assert np.array_equal(actions, np.stack([expected, 2 * expected], axis=1))
+    assert len(sizes) <= math.log2(size) + 1 and max(sizes) == size
+
+
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
+def test_a_row_that_rests_stays_where_it_is(backend, environments):
+    """And the others do what they would have done."""
+    tasks = ["dmc/cartpole-swingup", "dmc/hopper-hop"]
+    resting, moving = (environments(tasks, num_envs=2, seed=3, backend=backend) for _ in range(2))
+    assert np.array_equal(resting.reset(), moving.reset())
+    at_rest = np.arange(resting.size) % 2 == 1
+    stepped = [step(moving) for _ in range(8)]
+    for expected in stepped[:5]:
+        resting.send(np.full((resting.size, resting.action_dim), 0.5, np.float32), resting=at_rest)
+        result = resting.recv()
+        assert np.array_equal(result.observations[~at_rest], expected.observations[~at_rest])
+        assert np.array_equal(result.valid, ~at_rest) and not result.observations[at_rest].any()
+    assert np.array_equal(resting.episode_length, np.where(at_rest, 0, 5))
+    for t in range(3):
+        observations = step(resting).observations
+        assert np.array_equal(observations[at_rest], stepped[t].observations[at_rest])
+        assert np.array_equal(observations[~at_rest], stepped[5 + t].observations[~at_rest])
 
 
 def test_evaluate_stops_when_asked(untrained, environments):

@@ -20,15 +20,17 @@ def test_steps(task):
     family, _, name = task.partition("/")
     rng = np.random.default_rng(0)
     if brc.envpool_id(task):
-        pool = brc.EnvPoolTask(task, 1, 0)
-        observations, rewards = [pool.reset()], []
+        pool, row = brc.EnvPoolTask(task, 1, 0), np.arange(1)
+        (size,), (action_dim,) = pool.observation_dims, pool.action_dims
+        pool.send(None, row)
+        observations, rewards = [pool.recv().observations], []
         for _ in range(10):
-            pool.send(rng.uniform(-1, 1, (1, pool.action_dim)))
-            observation, reward, terminated, truncated, _ = pool.recv()
-            observations.append(observation)
-            rewards.append(reward[0])
-            assert not truncated[0]
-        observations, size = np.concatenate(observations), pool.observation_dim
+            pool.send(rng.uniform(-1, 1, (1, action_dim)), row)
+            results = pool.recv()
+            observations.append(results.observations)
+            rewards.append(results.rewards[0])
+            assert not results.truncated[0] and not results.restarted[0]
+        observations = np.concatenate(observations)
         pool.close()
     else:
         if family in PACKAGE and importlib.util.find_spec(PACKAGE[family]) is None:

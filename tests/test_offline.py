@@ -425,6 +425,22 @@ def test_resume_continues_exactly(mixed_data, tmp_path):
     assert [step for step, _ in curve(tmp_path / "parts")] == [0, 0, 30, 30, 60, 60]
 
 
+@pytest.mark.parametrize("change", ["rewards", "length", "tasks"])
+def test_resume_with_other_data_is_refused(change, tmp_path):
+    """Rewards times 50 went on without a word; another task blamed the checkpoints."""
+    task = "gym/Pendulum-v1"
+    (tmp_path / "args.json").write_text(json.dumps({"data_transitions": {task: 30}, "data_mean_return": {task: 1.5}}))
+    same = {"data_transitions": {task: 30}, "data_mean_return": {task: 1.5 + 1e-9}}
+    brc.check_same_data(tmp_path, **same)
+    other = {
+        "rewards": {"data_transitions": {task: 30}, "data_mean_return": {task: 75.0}},
+        "length": {"data_transitions": {task: 31}, "data_mean_return": {task: 1.5}},
+        "tasks": {"data_transitions": {"gym/A": 30}, "data_mean_return": {"gym/A": 1.5}},
+    }[change]
+    with pytest.raises(brc.UserError, match="not the data that this run learns from"):
+        brc.check_same_data(tmp_path, **other)
+
+
 def test_minari_round_trip(tmp_path, monkeypatch):
     """Made with Minari from real Pendulum steps, read by the script: the same transitions, actions in [-1, 1]."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))

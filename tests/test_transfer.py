@@ -272,7 +272,7 @@ def adapted(run_dir: Path, *arguments):
     args = brc.parse_args(["--pretrained", str(run_dir), "--protocol", "embedding", *map(str, arguments)])
     pretrained = brc.load_pretrained(args)
     before = jax.tree.map(np.array, pretrained.state)
-    envs, counted = brc.target_envs(args.env_ids[0], pretrained, 1, 0, "auto"), []
+    envs, counted = brc.target_envs(args, args.env_ids[0], pretrained, 1, 0, brc.EnvWorkers(1)), []
     try:
         agent = agent_of(pretrained, envs.action_dims[0])
         replay = brc.Replay(1, 2 * args.adaptation_transitions + 100, 6, 2)
