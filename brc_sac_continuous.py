@@ -730,7 +730,7 @@ def save_replay(directory: Path, replay: Replay, envs: "ParallelEnvs") -> None:
         records["action"] = slots["action"][numbers, : sizes[1]]
         for name in ("reward", "terminated", "valid"):
             records[name] = slots[name][numbers]
-        np.save(directory / f"{file_name(task)}.npy", records)
+        save_array(directory / f"{file_name(task)}.npy", records)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1546,8 +1546,12 @@ class EnvWorkers:
             imports = {IMPORTS[tasks[number].partition("/")[0]] for number in numbers}
             multiprocessing.get_context("forkserver").set_forkserver_preload([*self.heavy_modules, *imports])
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
-            multiprocessing.forkserver.ensure_running()
-            signal.signal(signal.SIGINT, handler)
+            try:
+                multiprocessing.forkserver.ensure_running()
+            except OSError as error:  # a path too long for a socket
+                raise UserError(f"cannot start worker processes: {error}; set TMPDIR to a short path") from error
+            finally:
+                signal.signal(signal.SIGINT, handler)
             self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
         dealt, load = [[] for _ in self.workers], np.zeros(len(self.workers))
         for number in sorted(numbers, key=lambda number: -step_cost(tasks[number])):
@@ -1840,6 +1844,13 @@ def replace_file(path: Path, text: str) -> None:
     """Writes a file so that a crash or a full disk leaves the old one."""
     partial_path = path.with_name(f".partial-{path.name}")
     partial_path.write_text(text, newline="")
+    partial_path.replace(path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all, and beside a file that another process maps."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    np.save(partial_path, array)
     partial_path.replace(path)
 
 

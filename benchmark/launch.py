@@ -138,7 +138,7 @@ class Job:
     def outcome(self) -> str:
         """How the ended process ended: finished, stopped, or failed with its last words."""
         self.lock.close()
-        if self.process.returncode == 0:
+        if self.process.returncode == 0 or (self.terminated and self.process.returncode == -signal.SIGTERM):
             return "finished" if self.state() == "finished" else "stopped"
         lines = Path(self.root, self.directory, "log.txt").read_text(errors="replace").replace("\r", "\n").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -310,6 +310,9 @@ def main(args: Args) -> int:
         return fail(f"{what}; experiments: {', '.join(EXPERIMENTS)}")
     if args.jobs < 1 or (args.seeds is not None and args.seeds < 1):
         return fail("--jobs and --seeds: must be at least 1")
+    for name in ("run_root", "data"):  # relative to where the user stands, while the scripts run in the repository
+        path = Path(getattr(args, name)).absolute()
+        setattr(args, name, str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
     scale = SCALES[args.scale]
     runs = unique_runs(list(args.experiments), scale)
     runs = [run for run in runs if args.seeds is None or run.seed <= args.seeds]
@@ -354,4 +357,10 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+        sys.stdout.flush()
+    except BrokenPipeError:  # --dry-run | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

@@ -483,10 +483,20 @@ class Overlap:
         return rows
 
 
+def proportional_memory(pid: int) -> int:
+    """Bytes of a process, what it shares with others divided among them (PSS); 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
 @dataclass
 class Environments:
     """Vector steps per second, one step of every task of a suite, with random actions: the script's parallel
-    environments beside a plain Python loop over the same tasks' Gymnasium environments."""
+    environments beside a plain Python loop over the same tasks' Gymnasium environments. Before that, how long training
+    and evaluation environments take to start, first reset included, and the memory (PSS) of their worker processes."""
 
     suites: tuple[str, ...] = ("metaworld", "dmc-dogs", "mw-dmc")
     """suites to step, of both scripts, atari among them; hb-medium and hb-hard need HumanoidBench"""
@@ -498,8 +508,12 @@ class Environments:
         for suite in self.suites:
             script = drq if suite in drq.SUITES else brc
             tasks, _ = script.SUITES[suite]
-            parallel = script.ParallelEnvs(tasks, 1, 0, "auto")
+            workers, start = script.EnvWorkers(), time.perf_counter()
+            parallel = script.ParallelEnvs(tasks, 1, 0, "auto", workers)
+            evaluation = script.ParallelEnvs(tasks, script.eval_copies(len(tasks), 10), 1, "auto", workers)
             parallel.reset()
+            evaluation.reset()
+            start = time.perf_counter() - start
 
             def vector_step(envs):
                 if script is drq:  # noqa: B023
@@ -510,6 +524,8 @@ class Environments:
 
             rate = self.rate(lambda: vector_step(parallel))  # noqa: B023
             in_envpool = sum(isinstance(pool, script.EnvPoolTask) for pool in parallel.pools)
+            memory = sum(proportional_memory(worker.process.pid) for worker in workers.workers)
+            evaluation.close()
             parallel.close()
             plain = [script.make_env(task, seed=0) for task in tasks]
             for env in plain:
@@ -529,7 +545,8 @@ class Environments:
             for env in plain:
                 env.close()
             rows.append({
-                "suite": suite, "tasks": len(tasks), "in_envpool": in_envpool,
+                "suite": suite, "tasks": len(tasks), "in_envpool": in_envpool, "workers": len(workers.workers),
+                "start_seconds": round(start, 1), "workers_gb": round(memory / 1e9, 2),
                 "parallel_vector_steps_per_second": round(rate, 2),
                 "sequential_vector_steps_per_second": round(sequential_rate, 2),
                 "ratio": round(rate / sequential_rate, 2),
