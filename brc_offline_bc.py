@@ -3,7 +3,7 @@
 # dependencies = [
 #   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "orbax-checkpoint==0.12.8", "numpy==2.4.6", "scipy==1.17.1",
 #   "tyro==1.0.17", "gymnasium==1.4.0", "envpool==1.2.5", "mujoco==3.2.0", "dm_control==1.0.21.post1",
-#   "metaworld==3.0.0", "minari[hdf5]==0.5.4", "tensorboardX==2.6.5", "wandb==0.31.0", "tqdm==4.70.1",
+#   "metaworld==3.0.0", "minari[hdf5,hf]==0.5.4", "tensorboardX==2.6.5", "wandb==0.31.0", "tqdm==4.70.1",
 #   "imageio[ffmpeg]==2.38.1",
 # ]
 # ///
@@ -716,7 +716,7 @@ def convert_minari(name: str, task: str, path: Path) -> None:
     try:
         import minari
     except ImportError as error:
-        raise UserError(f"{name} needs Minari ({error}); install: pip install 'minari[hdf5]==0.5.4'") from error
+        raise UserError(f"{name} needs Minari ({error}); install: pip install 'minari[hdf5,hf]==0.5.4'") from error
     try:
         if Path(name).is_dir():
             folder = Path(name)

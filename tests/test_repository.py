@@ -1,13 +1,16 @@
 """Rules of the repository: scripts stand alone, their inline dependencies agree with requirements.txt."""
 
 import ast
+import importlib
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 
 import fix_copies
 import pytest
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("brc_*.py"))
@@ -53,6 +56,35 @@ def test_three_parts_the_algorithm_first(script):
     first, last = found["main"]
     assert last - first <= 90 and last < text[:end].count("\n"), "main belongs to part 1"
     assert min(found[name][0] for name in ("BroNet", "ImpalaEncoder") if name in found) < 360
+
+
+def printed_commands() -> list[str]:
+    """Command lines of this project's programs, from README, CONTRIBUTING and docstrings, without their comments."""
+    found = {}
+    pages = [*ROOT.glob("*.md"), *SCRIPTS, *ROOT.glob("benchmark/*.py"), *ROOT.glob("benchmark/results/*/*.md")]
+    for page in pages:
+        for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines():  # one that goes on is one
+            for part in line.strip().strip("`").split("&&"):
+                command = re.match(r"(?:python|uv run) ((?:brc_\w+|benchmark/\w+)\.py .*)", part.strip())
+                if command and "..." not in command[1]:
+                    found.setdefault(re.split(r"\s#|`|\s{3,}| > ", command[1])[0].strip())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", printed_commands())
+def test_printed_commands_parse(command, monkeypatch):
+    """Every flag that a page names is there, with values that it takes."""
+    file, *words = shlex.split(command)
+    words = [re.sub(r"\{(\w[\w-]*)[,|].*\}", r"\1", word) for word in words]  # {a,b}: either
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    if file == "benchmark/convert_tdmpc2.py":
+        pytest.importorskip("tensordict", reason="it has dependencies of its own: pip install tensordict")
+    module = importlib.import_module(Path(file).stem)
+    if hasattr(module, "Args"):
+        tyro.cli(module.Args, args=words)
+    elif words:  # speed.py's subcommands
+        assert hasattr(module, words[0].capitalize())
+        tyro.cli(getattr(module, words[0].capitalize()), args=words[1:])
 
 
 def test_ruff():
