@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import ttest_ind
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -95,7 +96,53 @@ def transfer() -> list[list[str]]:
     return rows
 
 
-TABLES = {"README run": readme_runs, "four DMC tasks": dmc4, "offline": offline, "transfer": transfer}
+VARIANTS = {  # set: seeds, last evaluations
+    "mw4": (5, (6000, 8000, 10000)), "dmc4": (5, (8000, 12000, 16000)), "dogs": (3, (4000, 6000, 8000)),
+}  # fmt: skip
+
+
+def variants() -> list[list[str]]:
+    """benchmark/results/variants/README.md: mean score of every run, and Welch's 95% interval of the difference."""
+    rows = []
+    for name, (seeds, steps) in VARIANTS.items():
+        scores = [
+            [mean_of(RESULTS / f"variants/runs/{name}-{variant}-{seed + 1}", "score", steps) for seed in range(seeds)]
+            for variant in ("paper", "released-code")
+        ]
+        interval = ttest_ind(*scores, equal_var=False).confidence_interval()
+        cells = [f"{np.mean(s):.3f} ({' '.join(f'{value:.2f}'.removeprefix('0') for value in s)})" for s in scores]
+        difference = f"{np.mean(scores[0]) - np.mean(scores[1]):+.3f}"
+        rows.append([f"`{name}`", *cells, f"{difference} ({interval.low:+.3f} to {interval.high:+.3f})"])
+    return rows
+
+
+def dmc4_beside_the_released_code() -> list[list[str]]:
+    """Returns of one agent on four DMC tasks at 16k steps, beside the released code's, seeds 1 to 3."""
+    rows, tasks = [], ("cartpole-swingup", "finger-spin", "reacher-easy", "walker-walk")
+    for run, label in (("paper", "BRC, `--variant paper`"), ("released-code", "BRC, `--variant released-code`"),
+                       ("theirs", "the released code")):  # fmt: skip
+        runs = [RESULTS / f"variants/runs/dmc4-{run}-{seed}" for seed in (1, 2, 3)]
+        found = [[mean_of(path, "return", [16000], task) for path in runs] for task in tasks]
+        cells = [" ".join(f"{value:.0f}" for value in values) for values in found]
+        rows.append([label, *cells, f"{np.mean(found):.0f}"])
+    return rows
+
+
+def finger_spin() -> list[list[str]]:
+    """Return of a single-task agent on finger-spin, seeds 1 to 3, beside the released code's."""
+    rows = []
+    for run, label in (("paper", "BRC"), ("theirs", "the released code")):
+        paths = [RESULTS / f"variants/runs/finger-{run}-{seed}" for seed in (1, 2, 3)]
+        steps = (5000, 10000, 15000, 20000, 25000, 30000)
+        found = [[mean_of(path, "return", [step], "finger-spin") for path in paths] for step in steps]
+        rows.append([label, *(" ".join(f"{value:.0f}" for value in values) for values in found)])
+    return rows
+
+
+TABLES = {
+    "README run": readme_runs, "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "variants": variants,
+    "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
+}  # fmt: skip
 
 
 def row_text(cells: list[str]) -> str:
