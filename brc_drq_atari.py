@@ -1375,8 +1375,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
     words = [word.partition("=")[0].replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
     flags = [word.replace("--no-", "--", 1) for word in words if word.startswith("--")]
-    if twice := [flag for flag in flags if flags.count(flag) > 1]:
-        raise UserError(f"{twice[0]} is given twice, and only the last would count; several values follow one flag")
+    lists = {"--" + field.name.replace("_", "-") for field in fields(Args) if "tuple" in str(field.type)}
+    for flag in dict.fromkeys(flag for flag in flags if flags.count(flag) > 1):
+        if flag in lists:
+            raise UserError(f"{flag} is given twice: its values follow one flag, as in {flag} A B")
+        print(f"warning: {flag} is given twice; the last one counts", file=sys.stderr)
     args = tyro.cli(Args, args=argv)
     if not args.resume:
         released = getattr(args, "variant", "paper") == "released-code"

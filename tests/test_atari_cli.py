@@ -60,6 +60,7 @@ def test_one_switch_for_the_released_code():
 # ------------------------------------------------------------------------------------------- --total-timesteps 0
 
 
+@pytest.mark.slow  # 2 GB of learner
 def test_the_papers_experiment_is_built_and_described(run, tmp_path):
     """All defaults: 26 games, the paper's network, and how much memory the run would take."""
     result = run("--total-timesteps", 0, "--run-root", tmp_path)
@@ -375,6 +376,7 @@ def test_resume_of_a_finished_run_says_so(copied):
         train("--resume", copied)
 
 
+@pytest.mark.slow  # as in test_cli.py, with the same part 3
 def test_kill_then_terminate_then_finish(environment, tmp_path):
     """kill -9 after a checkpoint, resume; SIGTERM, resume; the run ends as if nothing had happened."""
     run_dir, log, slow = tmp_path / "run", tmp_path / "killed.log", "gym/pixel_tasks:PixelSlow-v0"

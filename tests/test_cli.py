@@ -968,10 +968,13 @@ def full_disk(small_disk, run):
     return run("--resume", small_disk / "run", "--total-timesteps", 300, seconds=240), small_disk / "run"
 
 
-def test_full_disk_ends_the_run(full_disk):
+def test_full_disk_is_tried_again_and_told_at_the_end(full_disk):
     result, run_dir = full_disk
     assert result.returncode == 2, result.stderr
-    assert re.search(r"^error: disk full.*--resume", result.stderr, re.MULTILINE)
+    assert re.search(r"warning: cannot write the checkpoint of step 200;.*another try", result.stderr)
+    assert re.search(
+        r"^error: cannot write the checkpoint of step 300;.*disk full.*--resume", result.stderr, re.MULTILINE
+    )
     assert brc.checkpoint_steps(run_dir) == [100]
     assert restored(run_dir)[2]["step"] == 100
 

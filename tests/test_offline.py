@@ -249,7 +249,7 @@ def test_user_errors(tmp_path, monkeypatch, capfd):
         assert status.value.code == 2 and len(lines) == 1 and words in lines[0], (arguments, lines)
 
 
-@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("num_tasks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_critics_update_is_the_online_scripts(num_tasks):
     """Critic, its optimizer and target critic after one update from the same parameters: every bit is the same."""
     sizes = {"critic_width": 16, "critic_depth": 1, "actor_width": 16, "batch_size": 16}

@@ -122,13 +122,18 @@ def test_no_device_is_one_line(run):
     assert result.stderr.strip().splitlines()[-1].startswith("error: JAX has no device (JAX_PLATFORMS=cuda)")
 
 
-@pytest.mark.parametrize(
-    "words", ["--env-ids a --env-ids b", "--env-ids=a --env_ids b", "--track --no-track", "--seed 1 --utd 1 --seed=1"]
-)
-def test_a_flag_given_twice_is_refused(words):
+@pytest.mark.parametrize("words", ["--env-ids a --env-ids b", "--env-ids=a --env_ids b"])
+def test_values_of_a_list_given_by_two_flags_are_refused(words):
     """tyro would take the last one without a word."""
-    with pytest.raises(brc.UserError, match="is given twice"):
+    with pytest.raises(brc.UserError, match="--env-ids is given twice"):
         brc.parse_args(words.split())
+
+
+@pytest.mark.parametrize("words", ["--seed 1 --utd 1 --seed=2", "--track --no-track --seed 2"])
+def test_of_other_flags_the_last_one_counts_and_a_line_says_so(words, capsys):
+    args = brc.parse_args(words.split())
+    assert args.seed == 2 and not args.track
+    assert capsys.readouterr().err.count("is given twice; the last one counts") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- curves

@@ -159,6 +159,7 @@ def test_pretrained_policy_acts_the_same_in_both_scripts(counters):
         np.testing.assert_allclose(agent.value(state, observations, max_return)[0], value, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_model_learns_from_the_new_task_alone(counters, tmp_path):
     run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN)
     assert [row["step"] for row in curve(run_dir)] == ["0", "20", "40"]
@@ -191,7 +192,10 @@ def test_scratch_is_the_online_script(counters, tmp_path):
     assert_same(tuple(ours), tuple(online.make_agent(args, 1, 6, 2, [1]).init(5)))
 
 
-@pytest.mark.parametrize("action_dims", [(1,), (1, 2, 1)], ids=["one task", "three tasks"])
+@pytest.mark.parametrize(
+    "action_dims",
+    [pytest.param((1,), marks=pytest.mark.slow, id="one task"), pytest.param((1, 2, 1), id="three tasks")],
+)
 def test_updates_are_the_online_scripts(counters, action_dims):
     """Two updates, those of brc_sac_continuous.py made with the pretrained run's arguments: every bit is the same."""
     pretrained, num_tasks = loaded(counters), len(action_dims)
@@ -211,7 +215,12 @@ def test_updates_are_the_online_scripts(counters, action_dims):
 
 
 @pytest.mark.parametrize(
-    ("arch", "loss", "protocol"), [("simba", "mse", "model"), ("mlp", "mse", "data"), ("simba", "ce", "embedding")]
+    ("arch", "loss", "protocol"),
+    [
+        pytest.param("simba", "mse", "model", marks=pytest.mark.slow),
+        ("mlp", "mse", "data"),
+        pytest.param("simba", "ce", "embedding", marks=pytest.mark.slow),
+    ],
 )
 def test_other_critics(tmp_path, arch, loss, protocol):
     """What Figures 3 and 4 compare with transfers, too: other networks, a scalar critic, rewards as they are."""
@@ -414,7 +423,9 @@ def test_zero_steps_build_everything(counters, tmp_path, protocol):
 # ------------------------------------------------------------------------------------------------ kill and resume
 
 
-@pytest.mark.parametrize("protocol", ["model", "data", "scratch"])
+@pytest.mark.parametrize(
+    "protocol", ["model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("data", "scratch"))]
+)
 def test_resume_continues_after_kill(counters, tmp_path, environment, run, protocol):
     """kill -9 in mid-run: step counts, curve and updates go on as if nothing had been."""
     slow = [
