@@ -1739,7 +1739,8 @@ def run_worker(connection) -> None:
                 else:
                     connection.send(groups[group].step(*message))
             except Exception as error:
-                connection.send(error if isinstance(error, UserError) else WorkerFailure(describe(error)))
+                by_user = isinstance(error, UserError)
+                connection.send({"error": str(error) if by_user else describe(error), "by_user": by_user})
     finally:
         os._exit(0)
 
@@ -1786,11 +1787,11 @@ class Worker:
         with contextlib.suppress(EOFError, OSError):
             if self.connection.poll(self.timeout):
                 answer = self.connection.recv()
-                if isinstance(answer, UserError):
-                    raise answer
-                if not isinstance(answer, WorkerFailure):
+                if not isinstance(answer, dict):
                     return answer
-                raise WorkerFailure(f"{culprit()} failed: {answer}")
+                if answer["by_user"]:
+                    raise UserError(answer["error"])
+                raise WorkerFailure(f"{culprit()} failed: {answer['error']}")
             reason = f"gave no answer within {self.timeout:g} s (--env-timeout)"
         raise WorkerFailure(f"{culprit()} {reason}")
 
