@@ -355,6 +355,7 @@ def test_td_cross_entropy_against_float64(counters):
     assert td == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_right_embedding_is_everything(points, tmp_path):
     """Goals between the pretrained ones, which no observation shows: tuned beats random by a wide margin."""
     assert_tuning_wins(points, tmp_path, 1)
