@@ -1255,8 +1255,7 @@ class EnvPoolTask:
         for prefix, keys in ENVPOOL_KEYS.items():
             if task.startswith(prefix):
                 self.keys = keys.split()
-        self.low, self.high = np.float64(self.pool.action_space.low), np.float64(self.pool.action_space.high)
-        self.task_numbers, self.num_envs, self.action_dims = [number], num_envs, [len(self.low)]
+        self.task_numbers, self.num_envs, self.action_dims = [number], num_envs, list(self.pool.action_space.shape)
         self.send(None, np.arange(num_envs))
         self.observation_dims = [self.recv().observations.shape[1]]
 
@@ -1265,8 +1264,7 @@ class EnvPoolTask:
         self.waiting = len(rows)
         if actions is None:
             return self.pool.async_reset()
-        actions = self.low + (np.float64(actions[:, : len(self.low)]) + 1) / 2 * (self.high - self.low)
-        self.pool.send(actions.astype(self.pool.action_space.dtype), rows)  # quadruped's are not [-1, 1]
+        self.pool.send(own_action(self.pool.action_space, actions[:, : self.action_dims[0]]), rows)
 
     def recv(self) -> Results:
         parts = sorted((self.pool.recv() for _ in range(self.waiting)), key=lambda part: part[4]["env_id"][0])
@@ -1280,6 +1278,11 @@ class EnvPoolTask:
         self.pool.close()
 
 
+def next_seed(seeds: np.random.SeedSequence) -> int:
+    """Of an environment that is made again: not the seed with which it failed."""
+    return int(seeds.spawn(1)[0].generate_state(1)[0] % 2**30)
+
+
 class WorkerEnv:
     """make_env(task) in a worker process, with next-step autoreset as in envpool.
 
@@ -1288,7 +1291,7 @@ class WorkerEnv:
     """
 
     def __init__(self, task: str, seed: int):
-        self.task, self.restart_seeds = task, np.random.SeedSequence(seed)
+        self.task, self.seeds = task, np.random.SeedSequence(seed)
         self.make(seed)
 
     def make(self, seed: int) -> None:
@@ -1303,9 +1306,6 @@ class WorkerEnv:
             mujoco.MjModel.from_xml_string("<mujoco/>")  # it keeps the last model, 100 MB for a humanoid with hands
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-    def remake(self) -> None:
-        self.make(int(self.restart_seeds.spawn(1)[0].generate_state(1)[0] % 2**30))
 
     @contextlib.contextmanager
     def own_random_numbers(self):
@@ -1360,7 +1360,7 @@ class WorkerEnvs:
                 observation, *step, info = env.step(None if actions is None else actions[i])
             except Exception as error:
                 failures.append(f"{env.task} failed: {describe(error)}")
-                env.remake()
+                env.make(next_seed(env.seeds))
                 (observation, *step, info), restarted = env.step(None), True
             self.results["observations"][row, : len(observation)] = observation
             for name, value in zip(Results._fields[1:], (*step, reported(info), restarted), strict=True):
@@ -1469,7 +1469,7 @@ class Worker:
             self.start()
             try:
                 for group in self.groups:
-                    group.make([int(seed.spawn(1)[0].generate_state(1)[0] % 2**30) for seed in group.seeds])
+                    group.make([next_seed(seeds) for seeds in group.seeds])
                     group.made()
             except (WorkerFailure, UserError) as error:
                 self.kill()
@@ -1869,9 +1869,9 @@ class Run:
         if "DISPLAY" not in os.environ:  # training needs no graphics library, videos need a headless one
             os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")
         self.args, self.total, self.unit, self.stop = args, total, unit, []
-        self.step, self.updates, self.last_evaluation, self.rows, self.urgent = 0, 0, -1, [], False
+        self.step, self.updates, self.last_evaluation, self.rows = 0, 0, -1, []
         self.seconds, self.tensorboard, self.bar, self.wandb = 0.0, None, None, None
-        self.curve, self.cut, self.retry_at, self.warned = [], 0, math.inf, set()
+        self.curve, self.cut, self.save_at, self.warned = [], 0, math.inf, set()  # save_at: on the monotonic clock
         name = args.run_name or f"{file_name(name)}__{experiment or args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             jax.devices()
@@ -1911,9 +1911,11 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for close in (getattr(self.bar, "close", None), getattr(self.tensorboard, "close", None)):
-            with self.or_warn("TensorBoard's file"):
-                close and close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tensorboard:
+            with contextlib.suppress(OSError):  # a full disk
+                self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
         if self.lock is not None:
@@ -1993,43 +1995,43 @@ class Run:
         from tensorboardX.event_file_writer import EventsWriter  # here: it imports torch where that is installed
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        with self.or_warn("TensorBoard's file"):
+        try:
             self.tensorboard = EventsWriter(str(self.directory / "events"))
             if self.step:  # hides what an earlier process wrote beyond the checkpoint
                 log = SessionLog(status=SessionLog.START)
                 self.tensorboard.write_event(Event(step=self.step + 1, wall_time=time.time(), session_log=log))
-
-    @contextlib.contextmanager
-    def or_warn(self, what: str):
-        """Logging never ends a run: what cannot be written is left out, with one warning."""
-        try:
-            yield
         except OSError as error:
-            if what not in self.warned:
-                tqdm.write(f"warning: cannot write {what}: {error.strerror}; the run goes on without", file=sys.stderr)
-            self.warned.add(what)
+            self.cannot_write("TensorBoard's file", error)
+
+    def cannot_write(self, what: str, error: OSError) -> None:
+        """Logging never ends a run: what cannot be written is left out, with one warning."""
+        if what not in self.warned:
+            tqdm.write(f"warning: cannot write {what}: {error.strerror}; the run goes on without", file=sys.stderr)
+        self.warned.add(what)
 
     def write_curve(self) -> None:
+        """All of it: what a full disk left out comes with the next evaluation."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, EVAL_COLUMNS)
         writer.writeheader()
         writer.writerows(self.curve)
-        with self.or_warn("eval.csv"):  # whole, so that what a full disk left out comes later
+        try:
             replace_file(self.directory / "eval.csv", text.getvalue())
+        except OSError as error:
+            self.cannot_write("eval.csv", error)
 
     def evaluation_due(self) -> bool:
         due = self.step % self.args.eval_every == 0 or self.step == self.total or self.last_evaluation < 0
         return due and self.last_evaluation < self.step and not self.stop
 
     def checkpoint_due(self) -> bool:
-        due = self.step % self.args.checkpoint_every == 0 or self.over() or self.urgent
-        due |= time.monotonic() > self.retry_at
+        due = self.step % self.args.checkpoint_every == 0 or self.over() or time.monotonic() >= self.save_at
         return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
 
     def environment_failed(self, reason: str) -> None:
         """Says so; a checkpoint of the healthy learner is due at once."""
         tqdm.write(f"warning: step {self.step:,}: {reason}; its episodes are dropped, it starts again", file=sys.stderr)
-        self.urgent = True
+        self.save_at = 0
 
     def over(self) -> bool:
         return self.step == self.total or bool(self.stop)
@@ -2056,18 +2058,17 @@ class Run:
         from tensorboardX.summary import scalar
 
         step = self.step if step is None else step
-        with self.or_warn("TensorBoard's file"):
-            try:
-                for name, value in values.items() if self.tensorboard else ():
-                    event = Event(step=step, wall_time=time.time(), summary=scalar(name, float(value)))
-                    self.tensorboard.write_event(event)
-                if self.tensorboard:
-                    self.tensorboard.flush()
-            except OSError:  # its end may be cut: the next checkpoint opens another
-                broken, self.tensorboard = self.tensorboard, None
-                with contextlib.suppress(OSError):
-                    broken.close()
-                raise
+        try:
+            for name, value in values.items() if self.tensorboard else ():
+                event = Event(step=step, wall_time=time.time(), summary=scalar(name, float(value)))
+                self.tensorboard.write_event(event)
+            if self.tensorboard:
+                self.tensorboard.flush()
+        except OSError as error:  # the file's end may be cut: the next checkpoint opens another
+            with contextlib.suppress(OSError):
+                self.tensorboard.close()
+            self.tensorboard = None
+            self.cannot_write("TensorBoard's file", error)
         if self.wandb:
             self.wandb.log({**values, "step": step})
 
@@ -2112,12 +2113,11 @@ class Run:
             if self.over():
                 raise UserError(f"{message}, then continue with --resume {self.directory}") from error
             tqdm.write(f"warning: {message}; another try in a minute", file=sys.stderr)
-            self.retry_at, self.urgent = time.monotonic() + 60, False
+            self.save_at = time.monotonic() + 60
             return
-        self.retry_at = math.inf
+        self.saved, self.save_at = (self.step, self.last_evaluation), math.inf
         if not self.tensorboard:
             self.open_events()
-        self.saved, self.urgent = (self.step, self.last_evaluation), False
 
     def finish(self) -> None:
         """Says how the run ended: the last evaluation, or how to go on."""

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+from copies import local_envs
 
 import brc_drq_atari as brc
 
@@ -369,44 +370,6 @@ def test_a_task_that_fails_starts_again(name, message, environments):
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-class Copies:
-    """Several copies of one task in this process, which reset on the step after done, as envpool has them."""
-
-    def __init__(self, task: str, num_envs: int, number: int):
-        self.envs, self.task_numbers, self.num_envs = [brc.make_env(task) for _ in range(num_envs)], [number], num_envs
-        self.action_dims, self.done = [int(self.envs[0].action_space.n)], np.ones(num_envs, bool)
-
-    def send(self, actions, rows):
-        self.actions, self.rows = actions, rows
-        self.done |= actions is None
-
-    def recv(self):
-        rows = []
-        for i, row in enumerate(self.rows):
-            env = self.envs[row]
-            if self.done[row]:
-                rows.append((env.reset()[0], 0.0, False, False, 0, False))
-            else:
-                *step, info = env.step(self.actions[i])
-                rows.append((*step, info.get("lives", 0), False))
-            self.done[row] = rows[-1][2] or rows[-1][3]
-        return brc.Results(*map(np.array, zip(*rows, strict=True)))
-
-    def close(self):
-        pass
-
-
-class Local(brc.ParallelEnvs):
-    """copies: of every task."""
-
-    def __init__(self, tasks, copies):
-        self.copies = copies
-        super().__init__(tasks, 1, 0, "auto")
-
-    def make_pools(self, *_):
-        return [Copies(task, self.copies[number], number) for number, task in enumerate(self.tasks)]
-
-
 def evaluate(envs, episodes: int, stop=(), act=None):
     """brc.evaluate with a policy that always takes action 1, or `act`."""
     return brc.evaluate(act or (lambda frames, task_ids: np.ones(len(task_ids), int)), envs, episodes, list(stop))
@@ -422,7 +385,7 @@ def evaluate(envs, episodes: int, stop=(), act=None):
     ],
 )
 def test_evaluate_counts_whole_games(copies, returns):
-    rows = evaluate(Local(TWO, copies), 3)
+    rows = evaluate(local_envs(brc, TWO, copies), 3)
     assert [row["task"] for row in rows] == TWO
     assert [row["episodes"] for row in rows] == [len(games) for games in returns]
     assert [row["return"] for row in rows] == [round(np.mean(games), 4) for games in returns]
@@ -434,7 +397,7 @@ def test_evaluate_ignores_what_the_reset_step_pays():
         results = recv()
         return results._replace(rewards=results.rewards + 1000 * (results.observations[:, 0, 1] == 0))
 
-    envs = Local(TWO, (1, 1))
+    envs = local_envs(brc, TWO, (1, 1))
     for pool in envs.pools:
         pool.recv = partial(paying, pool.recv)
     assert [row["return"] for row in evaluate(envs, 3)] == [98, 36]
@@ -450,7 +413,7 @@ def test_what_the_agent_sees_in_evaluation():
         seen.append("".join("-" if frame.max() == 0 else str(frame[0, 1]) for frame in frames[0]))
         return np.zeros(len(task_ids), int)
 
-    evaluate(Local(TWO, (1, 1)), 2, act=act)
+    evaluate(local_envs(brc, TWO, (1, 1)), 2, act=act)
     game = "---0 --01 ---2 --23 -234 ---5 --56".split()  # lives are lost at steps 2, 5 and 7
     assert seen == [*game, "---7", *game]
 
@@ -470,7 +433,7 @@ def test_policy_of_evaluation():
 
 
 def test_evaluate_again_starts_new_games():
-    envs = Local(TWO, (1, 1))
+    envs = local_envs(brc, TWO, (1, 1))
     evaluate(envs, 1)
     first, second = evaluate(envs, 1)
     assert (first["return"], second["return"]) == (28 + 70, 6 + 30), "not those of the whole second games"
@@ -491,7 +454,7 @@ def test_finished_copies_rest():
     """The policy is asked for no action of theirs, they are not stepped; it sees few different numbers of rows."""
     tasks = [f"{PIXELS}{name}-v0" for name in ("Truncates3", "Terminates5", "Truncates20")]
     copies, lengths, asked = (8, 4, 2), (3, 5, 20), []
-    envs = Local(tasks, copies)
+    envs = local_envs(brc, tasks, copies)
 
     def act(frames, task_ids):
         t = len(asked)
@@ -504,11 +467,11 @@ def test_finished_copies_rest():
     assert [row["episodes"] for row in rows] == list(copies) and [row["return"] for row in rows] == [6, 15, 210]
     assert asked == [14] * 3 + [7] * 2 + [3] * 15
     for pool, length in zip(envs.pools, lengths, strict=True):
-        assert [env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
+        assert [env.env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
 
 
 def test_evaluate_stops_when_asked():
-    assert evaluate(Local(TWO, (1, 1)), 3, stop=[15]) is None
+    assert evaluate(local_envs(brc, TWO, (1, 1)), 3, stop=[15]) is None
 
 
 def test_evaluation_of_a_real_game_counts_games_not_lives(environments):

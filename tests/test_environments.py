@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from copies import local_envs
 
 import brc_sac_continuous as brc
 
@@ -677,46 +678,6 @@ def untrained():
 TWO = ["gym/gym_tasks:Terminates5-v0", "gym/gym_tasks:Truncates3-v0"]
 
 
-class Copies:
-    """Several copies of one task in this process, which reset on the step after done, as envpool has them."""
-
-    def __init__(self, task: str, num_envs: int, number: int):
-        self.envs, self.task_numbers, self.num_envs = [brc.make_env(task) for _ in range(num_envs)], [number], num_envs
-        self.observation_dims = list(self.envs[0].observation_space.shape)
-        self.action_dims = list(self.envs[0].action_space.shape)
-        self.done = np.ones(num_envs, bool)
-
-    def send(self, actions, rows):
-        self.actions, self.rows = actions, rows
-        self.done |= actions is None
-
-    def recv(self):
-        rows = []
-        for i, row in enumerate(self.rows):
-            env = self.envs[row]
-            if self.done[row]:
-                rows.append((env.reset()[0], 0.0, False, False, np.nan, False))
-            else:
-                *step, info = env.step(self.actions[i, : self.action_dims[0]])
-                rows.append((*step, info.get("success", np.nan), False))
-            self.done[row] = rows[-1][2] or rows[-1][3]
-        return brc.Results(*map(np.array, zip(*rows, strict=True)))
-
-    def close(self):
-        pass
-
-
-class Local(brc.ParallelEnvs):
-    """copies: of every task."""
-
-    def __init__(self, tasks, copies):
-        self.copies = copies
-        super().__init__(tasks, 1, 0, "auto")
-
-    def make_pools(self, *_):
-        return [Copies(task, self.copies[number], number) for number, task in enumerate(self.tasks)]
-
-
 @pytest.mark.parametrize(
     ("copies", "returns", "successes"),
     [  # episode e of length n pays n (n + 1) / 2 + 10 e n
@@ -727,7 +688,7 @@ class Local(brc.ParallelEnvs):
     ],
 )
 def test_evaluate_counts_whole_episodes(copies, returns, successes, untrained):
-    first, second = brc.evaluate(untrained, Local(TWO, copies), 3, [])
+    first, second = brc.evaluate(untrained, local_envs(brc, TWO, copies), 3, [])
     assert [first["task"], second["task"]] == TWO
     assert [row["episodes"] for row in (first, second)] == [len(episodes) for episodes in returns]
     assert [row["return"] for row in (first, second)] == [round(np.mean(episodes), 4) for episodes in returns]
@@ -752,7 +713,7 @@ def test_evaluate_ignores_what_the_reset_step_pays(untrained):
         success = np.where(reset, 1.0, results.reported)
         return results._replace(rewards=results.rewards + 1000 * reset, reported=success)
 
-    envs = Local(TWO, (1, 1))
+    envs = local_envs(brc, TWO, (1, 1))
     for pool in envs.pools:
         pool.recv = functools.partial(paying, pool.recv)
     first, second = brc.evaluate(untrained, envs, 3, [])
@@ -780,7 +741,7 @@ def test_evaluate_fails_with_an_environment_and_works_again(untrained, environme
 def test_finished_copies_rest():
     """The policy is asked for no action of theirs, they are not stepped; it sees few different numbers of rows."""
     tasks, copies, lengths = gym_tasks("Truncates3", "Terminates5", "Truncates20"), (8, 4, 2), (3, 5, 20)
-    envs, asked = Local(tasks, copies), []
+    envs, asked = local_envs(brc, tasks, copies), []
 
     def act(observations, task_ids):
         assert len(observations) == len(task_ids)
@@ -795,7 +756,7 @@ def test_finished_copies_rest():
     assert asked == [14] * 3 + [7] * 2 + [3] * 15
     assert len(set(asked)) <= math.log2(envs.size) + 1
     for pool, length in zip(envs.pools, lengths, strict=True):
-        assert [env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
+        assert [env.env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40, 100])
