@@ -1,8 +1,9 @@
 """Whole updates of brc_sac_continuous.py against two computations that share no code with it.
 
 The authors' released code: released_update.npz holds numbers only, from their modules run once, unmodified, in float64.
-An agent for three tasks and one for a single task (widths 8, embeddings of 4) made five updates of 16 rows each, from
-initial parameters with noise everywhere. Stored of each: names and shapes of our parameter trees, which the flat arrays
+An agent for three tasks and one for a single task (widths 8, embeddings of 4, 21 and 11 atoms up to 4 and 2, as float32
+places 101 atoms up to 10 in steps of 8e-6 only) made five updates of 16 rows each, from initial parameters with noise
+everywhere. Stored of each: names and shapes of our parameter trees, which the flat arrays
 follow; parameters before (*_start, exact in 16 bits) and after (*_end); raw batches, largest returns G_i, and the
 standard normal noise that their policy drew; losses and entropy of every update; target distribution and gradients of
 the first. Their RewardNormalizer normalized the rewards, with the temperature of the moment.
@@ -64,10 +65,8 @@ def unflat(vector, like):
 def test_five_updates_of_the_released_code(case, dtype, tolerance):
     with np.load(Path(__file__).with_name("released_update.npz"), allow_pickle=False) as file:
         data = {name.removeprefix(f"{case}_"): file[name] for name in file.files if name.startswith(case)}
-    num_tasks, num_atoms, v_max = len(data["max_return"]), data["target"].shape[-1], 10.0 if case == "multi" else 5.0
+    num_tasks, num_atoms, v_max = len(data["max_return"]), data["target"].shape[-1], 4.0 if case == "multi" else 2.0
     args = brc.Args(**SIZES, num_atoms=num_atoms, v_min=-v_max, v_max=v_max, **brc.RELEASED_CODE)
-    # float32 has an atom's position on the support, up to 100, in steps of 8e-6; target and gradients follow
-    first = dict(rtol=0, atol=max(tolerance, 1e-5 * (dtype == "float32")))
 
     with jax.enable_x64(dtype == "float64"):
         agent = brc.make_agent(args, num_tasks, OBSERVATION_DIM, ACTION_DIM)
@@ -85,10 +84,11 @@ def test_five_updates_of_the_released_code(case, dtype, tolerance):
             batch = brc.Batch(*(field[k : k + 1] for field in fields))
             state, metrics, target = update(state, batch, data["max_return"])
             if k == 0:
-                np.testing.assert_allclose(target, data["target"], **first)
+                np.testing.assert_allclose(target, data["target"], rtol=0, atol=tolerance)
                 for name in ("critic", "actor"):
                     gradient = flat(getattr(state, f"{name}_optimizer")[0].mu) / (1 - 0.9)
-                    np.testing.assert_allclose(gradient, data[f"{name}_gradient"], err_msg=name, **first)
+                    expected = data[f"{name}_gradient"]
+                    assert np.linalg.norm(gradient - expected) <= tolerance * np.linalg.norm(expected), name
             for name in ("critic", "actor", "temperature"):
                 assert metrics[f"losses/{name}"] == pytest.approx(data[f"{name}_loss"][k], rel=tolerance), (name, k)
             assert metrics["policy/entropy"] == pytest.approx(data["entropy"][k], rel=tolerance), k
