@@ -60,6 +60,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from multiprocessing.shared_memory import SharedMemory
@@ -633,8 +634,9 @@ def main(args: Args) -> None:
         copies = eval_copies(num_tasks, args.eval_episodes)
         eval_envs = ParallelEnvs(tasks, copies, eval_seed, args.env_backend, workers)
         task_ids, act_key, metrics = np.arange(num_tasks), jax.random.PRNGKey(args.seed + 1), {}
-        frames = envs.reset()
+        frames, batches, rng_state = envs.reset(), None, rng.bit_generator.state
         replay.start(frames[:, -1])
+        draw = partial(replay.sample, rng, args.utd, args.batch_size)
 
         while True:
             if run.evaluation_due():
@@ -642,23 +644,26 @@ def main(args: Args) -> None:
                 if run.log_evaluation(evaluate(act, eval_envs, args.eval_episodes, run.stop)) and args.capture_video:
                     record_videos(act, envs, run)
             if run.checkpoint_due():
-                run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng.bit_generator.state)
+                run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
             if run.evaluation_due():
                 continue  # an environment failed meanwhile: once more, from the start
             if run.over():
                 break
 
-            # 1. act with the newest critic
+            # 1. act with the newest critic, and update: queued together, so that the device goes on without a pause
             learning, epsilon = run.step >= args.learning_starts, exploration_epsilon(args, run.step)
             if learning:
-                actions = np.asarray(agent.act(state.critic, act_key, run.step, frames, task_ids, epsilon))
+                batches = batches or draw()
+                actions = agent.act(state.critic, act_key, run.step, frames, task_ids, epsilon)
+                state, metrics = agent.update(state, batches, normalizer.max_return)
             else:
                 actions = rng.integers(envs.action_dims)
+            actions = np.asarray(actions)
             envs.send(actions)
-            # 2. while the environments step, the device updates
+            # 2. while the environments step and the device updates, the next step's batches go there
+            rng_state = rng.bit_generator.state  # from which a resumed run draws them again
             if learning:
-                batches = replay.sample(rng, args.utd, args.batch_size)
-                state, metrics = agent.update(state, batches, normalizer.max_return)
+                batches = jax.device_put(draw())
             # 3. receive, store, update G_i; for the critic, a lost life ends an episode
             frames, rewards, terminated, truncated, life_lost, first, valid = envs.recv()
             ended = terminated | life_lost

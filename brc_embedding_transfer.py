@@ -190,6 +190,9 @@ class Args:
     target_entropy: Annotated[float | None, "(-inf, inf)"] = None
     """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, as in the released code
     and BRO; Table 3 prints |A|/2)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """number format of the products inside the critic's blocks, where nearly all arithmetic is; everything else, its
+    first and last layer too, is float32"""
 
 
 RELEASED_CODE: dict = {}  # the pretrained run decides what the paper's variant is
@@ -228,17 +231,19 @@ orthogonal = nn.initializers.orthogonal(math.sqrt(2))
 # Copied from brc_sac_continuous.py
 class BroNet(nn.Module):
     """BroNet (Nauman et al., 2024; C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized
-    dense layers."""
+    dense layers, whose products are in `dtype` (None: that of their inputs)."""
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        dense = partial(nn.Dense, self.width, kernel_init=orthogonal)
+        x = nn.relu(nn.LayerNorm()(dense()(x)))
         for _ in range(self.depth):
-            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+            y = nn.relu(nn.LayerNorm()(dense(dtype=self.dtype)(x)))
+            x = x + nn.LayerNorm()(dense(dtype=self.dtype)(y))
         return x
 
 
@@ -249,13 +254,15 @@ class SimBa(nn.Module):
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
         x = nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(1.0))(x)
         for _ in range(self.depth):
-            y = nn.Dense(4 * self.width, kernel_init=nn.initializers.he_normal())(nn.LayerNorm()(x))
-            x = x + nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(nn.relu(y))
+            y = dense(4 * self.width)(nn.LayerNorm()(x))
+            x = x + dense(self.width)(nn.relu(y))
         return nn.LayerNorm()(x)
 
 
@@ -265,11 +272,12 @@ class MLP(nn.Module):
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(self.depth):
-            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal)(x))
+        for layer in range(self.depth):
+            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal, dtype=self.dtype if layer else None)(x))
         return x
 
 
@@ -304,10 +312,12 @@ class Critic(nn.Module):
     depth: int
     features: int
     num_heads: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+        x = self.backbone(self.width, self.depth, self.dtype)(x)
+        return Heads(self.features, self.num_heads)(x, task_ids)
 
 
 # Copied from brc_sac_continuous.py
@@ -473,7 +483,8 @@ def make_agent(
     actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
     critic_outputs_dim = args.num_atoms if categorical else 1
     backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[args.critic_arch]
-    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
+    dtype = jnp.bfloat16 if args.dtype == "bfloat16" else None
+    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads, dtype)
     embedding_network = nn.Embed(num_tasks, args.embedding_size)
     actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
     critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
@@ -1022,8 +1033,13 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
         normalizer.max_return[0] = np.abs(all_transitions(replay).rewards).max(initial=0)
     eval_envs = target_envs(args, tasks[0], pretrained, eval_copies(1, args.eval_episodes), eval_seed, workers)
     task_ids, act_key, metrics = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1), {}
-    observations = envs.reset()
+    observations, batches, rng_state = envs.reset(), None, rng.bit_generator.state
     replay.start(observations)
+
+    def draw() -> Batch:
+        alike = prior_size / (prior_size + replay.size)
+        fraction = alike if args.prior_fraction is None else args.prior_fraction
+        return sample(rng, replay, prior, round(args.batch_size * fraction), args.utd, args.batch_size)
 
     while True:
         if run.evaluation_due():
@@ -1032,26 +1048,28 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
             if evaluated and args.capture_video:
                 record_videos(act, envs, run)
         if run.checkpoint_due():
-            run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng.bit_generator.state)
+            run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
         if run.evaluation_due():
             continue  # an environment failed meanwhile: once more, from the start
         if run.over():
             break
 
-        # 1. act: the pretrained policy from the start, a fresh one after some random steps
+        # 1. act, the pretrained policy from the start, a fresh one after some random steps; and update
         learning = run.step >= args.learning_starts
         if learning or args.protocol == "model":
-            actions = np.asarray(agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids))
+            actions = agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids)
         else:
             actions = rng.uniform(-1, 1, (1, envs.action_dim)).astype(np.float32) * envs.action_mask
-        envs.send(actions)
-        # 2. while the environment steps, the device updates
         if learning:
-            alike = prior_size / (prior_size + replay.size)
-            fraction = alike if args.prior_fraction is None else args.prior_fraction
-            batches = sample(rng, replay, prior, round(args.batch_size * fraction), args.utd, args.batch_size)
+            batches = batches or draw()
             max_return = np.concatenate([normalizer.max_return, prior_max_return])
             state, metrics = agent.update(state, batches, max_return)
+        actions = np.asarray(actions)
+        envs.send(actions)
+        # 2. while the environment steps and the device updates, the next step's batches go there
+        rng_state = rng.bit_generator.state  # from which a resumed run draws them again
+        if learning:
+            batches = jax.device_put(draw())
         # 3. receive, store, update G
         observations, rewards, terminated, truncated, valid, _ = envs.recv()
         replay.insert(actions, rewards, terminated, valid, observations)

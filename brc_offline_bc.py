@@ -206,17 +206,19 @@ orthogonal = nn.initializers.orthogonal(math.sqrt(2))
 # Copied from brc_sac_continuous.py
 class BroNet(nn.Module):
     """BroNet (Nauman et al., 2024; C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized
-    dense layers."""
+    dense layers, whose products are in `dtype` (None: that of their inputs)."""
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        dense = partial(nn.Dense, self.width, kernel_init=orthogonal)
+        x = nn.relu(nn.LayerNorm()(dense()(x)))
         for _ in range(self.depth):
-            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+            y = nn.relu(nn.LayerNorm()(dense(dtype=self.dtype)(x)))
+            x = x + nn.LayerNorm()(dense(dtype=self.dtype)(y))
         return x
 
 
@@ -251,10 +253,12 @@ class Critic(nn.Module):
     depth: int
     features: int
     num_heads: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+        x = self.backbone(self.width, self.depth, self.dtype)(x)
+        return Heads(self.features, self.num_heads)(x, task_ids)
 
 
 # Copied from brc_sac_continuous.py

@@ -185,6 +185,9 @@ class Args:
     """hidden units of the BroNet actor (Table 3)"""
     actor_depth: NonNegativeInt = 1
     """residual blocks of the BroNet actor (Table 3)"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """number format of the products inside the critic's blocks, where nearly all arithmetic is; everything else, its
+    first and last layer too, is float32"""
     critic_loss: Literal["ce", "mse"] = "ce"
     """categorical cross-entropy (C.2) or mean squared error on a scalar critic (Figure 3)"""
     normalize_returns: bool = True
@@ -223,17 +226,19 @@ orthogonal = nn.initializers.orthogonal(math.sqrt(2))
 
 class BroNet(nn.Module):
     """BroNet (Nauman et al., 2024; C.3, Figure 13): dense, layer norm, ReLU, then residual blocks of two normalized
-    dense layers."""
+    dense layers, whose products are in `dtype` (None: that of their inputs)."""
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
+        dense = partial(nn.Dense, self.width, kernel_init=orthogonal)
+        x = nn.relu(nn.LayerNorm()(dense()(x)))
         for _ in range(self.depth):
-            y = nn.relu(nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(x)))
-            x = x + nn.LayerNorm()(nn.Dense(self.width, kernel_init=orthogonal)(y))
+            y = nn.relu(nn.LayerNorm()(dense(dtype=self.dtype)(x)))
+            x = x + nn.LayerNorm()(dense(dtype=self.dtype)(y))
         return x
 
 
@@ -243,13 +248,15 @@ class SimBa(nn.Module):
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        dense = partial(nn.Dense, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
         x = nn.Dense(self.width, kernel_init=nn.initializers.orthogonal(1.0))(x)
         for _ in range(self.depth):
-            y = nn.Dense(4 * self.width, kernel_init=nn.initializers.he_normal())(nn.LayerNorm()(x))
-            x = x + nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(nn.relu(y))
+            y = dense(4 * self.width)(nn.LayerNorm()(x))
+            x = x + dense(self.width)(nn.relu(y))
         return nn.LayerNorm()(x)
 
 
@@ -258,11 +265,12 @@ class MLP(nn.Module):
 
     width: int
     depth: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(self.depth):
-            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal)(x))
+        for layer in range(self.depth):
+            x = nn.relu(nn.Dense(self.width, kernel_init=orthogonal, dtype=self.dtype if layer else None)(x))
         return x
 
 
@@ -295,10 +303,12 @@ class Critic(nn.Module):
     depth: int
     features: int
     num_heads: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        return Heads(self.features, self.num_heads)(self.backbone(self.width, self.depth)(x), task_ids)
+        x = self.backbone(self.width, self.depth, self.dtype)(x)
+        return Heads(self.features, self.num_heads)(x, task_ids)
 
 
 class Actor(nn.Module):
@@ -454,7 +464,8 @@ def make_agent(
     actor_network = Actor(args.actor_width, args.actor_depth, action_dim, num_heads)
     critic_outputs_dim = args.num_atoms if categorical else 1
     backbone = {"bronet": BroNet, "simba": SimBa, "mlp": MLP}[args.critic_arch]
-    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads)
+    dtype = jnp.bfloat16 if args.dtype == "bfloat16" else None
+    critic_network = Critic(backbone, args.critic_width, args.critic_depth, critic_outputs_dim, num_heads, dtype)
     embedding_network = nn.Embed(num_tasks, args.embedding_size)
     actor_optimizer = optax.adamw(args.actor_lr, weight_decay=args.weight_decay)
     critic_optimizer = optax.adamw(args.critic_lr, weight_decay=args.weight_decay)
@@ -765,8 +776,9 @@ def main(args: Args) -> None:
         copies = eval_copies(num_tasks, args.eval_episodes)
         eval_envs = ParallelEnvs(tasks, copies, eval_seed, args.env_backend, workers)
         task_ids, act_key, metrics = jnp.arange(num_tasks), jax.random.PRNGKey(args.seed + 1), {}
-        observations = envs.reset()
+        observations, batches, rng_state = envs.reset(), None, rng.bit_generator.state
         replay.start(observations)
+        draw = partial(replay.sample, rng, args.utd, args.batch_size)
 
         while True:
             if run.evaluation_due():
@@ -777,23 +789,26 @@ def main(args: Args) -> None:
                     if args.capture_video:
                         record_videos(act, envs, run)
             if run.checkpoint_due():
-                run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng.bit_generator.state)
+                run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
             if run.evaluation_due():
                 continue  # an environment failed meanwhile: once more, from the start
             if run.over():
                 break
 
-            # 1. act with the newest policy
+            # 1. act with the newest policy, and update: queued together, so that the device goes on without a pause
             learning = run.step >= args.learning_starts
             if learning:
-                actions = np.asarray(agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids))
+                batches = batches or draw()
+                actions = agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids)
+                state, metrics = agent.update(state, batches, normalizer.max_return)
             else:
                 actions = rng.uniform(-1, 1, (num_tasks, envs.action_dim)).astype(np.float32) * envs.action_mask
+            actions = np.asarray(actions)
             envs.send(actions)
-            # 2. while the environments step, the device updates
+            # 2. while the environments step and the device updates, the next step's batches go there
+            rng_state = rng.bit_generator.state  # from which a resumed run draws them again
             if learning:
-                batches = replay.sample(rng, args.utd, args.batch_size)
-                state, metrics = agent.update(state, batches, normalizer.max_return)
+                batches = jax.device_put(draw())
             # 3. receive, store, update G_i
             observations, rewards, terminated, truncated, valid, _ = envs.recv()
             replay.insert(actions, rewards, terminated, valid, observations)

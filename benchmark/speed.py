@@ -60,15 +60,22 @@ def seconds_per_call(function, min_seconds: float = 2.0, calls: int | None = Non
     return float(np.median(times))
 
 
-def matmul_rate(size: int = 2048, dtype: NumberFormat = "float32") -> float:
-    """Operations per second of a square matrix product on this machine."""
-    matrix = jnp.ones((size, size), dtype)
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def matmul_rate(dtype: NumberFormat = "float32") -> float:
+    """Operations per second of a square matrix product on this machine, in the precision that jax gives it (on a GPU,
+    float32 means TF32). Random numbers: a GPU multiplies zeros and ones faster."""
+    size = 8192 if on_gpu() else 2048
+    matrix = jax.random.normal(jax.random.PRNGKey(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     return 2 * size**3 / seconds_per_call(lambda: product(matrix, matrix).block_until_ready())
 
 
-def memory_rate(megabytes: int = 256) -> float:
+def memory_rate() -> float:
     """Bytes per second that a pass over a large array reads and writes on this machine."""
+    megabytes = 2048 if on_gpu() else 256
     array = jnp.ones(megabytes * 250_000, jnp.float32)
     shift = jax.jit(lambda x: x + 1)
     return 2 * array.nbytes / seconds_per_call(lambda: shift(array).block_until_ready())
@@ -143,7 +150,7 @@ class Update:
     batch_size: int | None = None
     """transitions per update (default: the script's)"""
     dtype: NumberFormat = "float32"
-    """drq: format in which the encoder computes; sac: precision of matrix products, which a CPU does not change"""
+    """--dtype of the script"""
     observation_dim: int = 39
     """sac: |S|"""
     action_dim: int = 6
@@ -156,16 +163,14 @@ class Update:
     """timed calls (default: as many as fit into 5 seconds, at least 3)"""
 
     def __call__(self) -> list[dict]:
-        if self.script == "sac" and self.dtype == "bfloat16":
-            jax.config.update("jax_default_matmul_precision", "bfloat16")
         return [self.measure(width) for width in self.widths or ((512,) if self.script == "drq" else (256, 512, 1024))]
 
     def measure(self, width: int) -> dict:
-        module, sizes = {"sac": brc, "drq": drq}[self.script], {"critic_width": width}
+        sizes = {"critic_width": width}
         sizes["batch_size"] = self.batch_size or {"sac": 1024, "drq": 256}[self.script]  # Tables 3 and 4
         task_ids, key = np.arange(self.num_tasks), jax.random.PRNGKey(0)
         if self.script == "sac":
-            args = brc.Args(**sizes)
+            args = brc.Args(**sizes, dtype=self.dtype)
             agent = brc.make_agent(args, self.num_tasks, self.observation_dim, self.action_dim)
             batches = random_batch(args.utd, args.batch_size, self.observation_dim, self.action_dim, self.num_tasks)
             flops = matmul_flops(args, self.observation_dim, self.action_dim, args.embedding_size)
@@ -179,6 +184,7 @@ class Update:
             flops = convolution_flops(args, num_actions, args.embedding_size)
             frames = np.resize(batches.frames[0], (self.num_tasks, drq.STACK, *drq.FRAME))
             act = lambda state: agent.act(state.critic, key, 0, frames, task_ids, 0.1)  # noqa: E731
+        batches = jax.device_put(batches)  # where the scripts put them ahead of time
         max_return, holder = np.full(self.num_tasks, 50, np.float32), [agent.init(0)]
         compiled = agent.update.lower(holder[0], batches, max_return).compile()
         counted, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
@@ -187,9 +193,9 @@ class Update:
             holder[0] = jax.block_until_ready(compiled(holder[0], batches, max_return)[0])
 
         # Rates are measured before and after, since another process may take its share of the machine.
-        rate_dtype = self.dtype if module is drq else "float32"
-        before, seconds, after = matmul_rate(dtype=rate_dtype), seconds_per_call(update, 5, self.calls), matmul_rate(
-            dtype=rate_dtype)  # fmt: skip
+        before = matmul_rate(self.dtype)
+        seconds = seconds_per_call(update, 5, self.calls)
+        after = matmul_rate(self.dtype)
         memory_bandwidth = memory_rate()
         acting = seconds_per_call(lambda: np.asarray(act(holder[0])), 1)
         moved = counted.get("bytes accessed", float("nan"))
