@@ -818,8 +818,10 @@ def main(args: Args) -> int:
         references = [scores.read_reference(path) for path in args.reference]
     except scores.BadReference as error:
         return fail(str(error))
-    columns = ["agent", "task", "seed", "step", "value", "score"]
-    reference = pd.concat(references, ignore_index=True) if references else pd.DataFrame(columns=columns)
+    for problem in [problem for _, problem in references if problem]:
+        print(problem, file=sys.stderr)
+    nothing = pd.DataFrame(columns=["agent", "task", "seed", "step", "value", "score"])
+    reference = pd.concat([table for table, _ in references] or [nothing], ignore_index=True)
     found = [name for name in SCALES if any(args.runs.glob(f"{name}-*"))] or ["laptop"]
     plotted = [
         plot_experiment(name, SCALES[scale], args, reference)

@@ -3,6 +3,7 @@
 import csv
 import errno
 import glob
+import json
 import os
 import resource
 import signal
@@ -320,6 +321,24 @@ def test_a_finished_run_is_refused_before_anything_is_made(tmp_path):
         brc.Run(brc.Args(resume=str(run.directory)), "", 20)
     with brc.Run(brc.Args(resume=str(run.directory)), "", 30):
         pass
+
+
+def test_a_run_that_diverged_says_so_to_those_who_compare_runs(tmp_path):
+    """In args.json, until it goes on; what ends before it begins, or otherwise, did not diverge."""
+    saved = lambda: json.loads((tmp_path / "run/args.json").read_text())  # noqa: E731
+    with pytest.raises(brc.UserError, match="not finite at step 30"), new_run(tmp_path, run_name="run") as run:
+        run.start()
+        run.step = 30
+        raise FloatingPointError("losses/critic")
+    assert saved()["diverged_at"] == 30 and saved()["run_name"] == "run"
+    with pytest.raises(brc.UserError, match="failed"), new_run(tmp_path, resume=str(tmp_path / "run")) as run:
+        run.start()
+        assert "diverged_at" not in saved()
+        raise brc.WorkerFailure("failed")
+    assert "diverged_at" not in saved()
+    with pytest.raises(brc.UserError, match="not finite"), new_run(tmp_path):
+        raise FloatingPointError("a reward")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_finite_checkpoints_only(tmp_path):
