@@ -951,7 +951,7 @@ def list_tasks() -> None:
         elif missing:
             print(f"  {INSTALL[family]}")
         print(f"  {' '.join(tasks)}")
-    print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
+    print("gym/ (any registered Gymnasium id, or module:Id-v0; flat Box or Dict observations, 1-D Box actions)")
     print("suites:")
     for suite, (tasks, steps) in SUITES.items():
         print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
@@ -1089,7 +1089,9 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
         hint = INSTALL.get(family, f"pip install the package that registers {name}")
         raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
     except (gym.error.Error, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot make {task}: {describe(error)}") from error
+        unnamed = isinstance(error, (gym.error.NameNotFound, gym.error.NamespaceNotFound)) and ":" not in name
+        hint = f"; name the module that registers it, such as gym/gymnasium_robotics:{name}" * unnamed
+        raise UserError(f"cannot make {task}: {describe(error)}{hint}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
         parts = observation_parts(env.observation_space)
         try:
