@@ -796,6 +796,13 @@ def fail(message: str) -> int:
 
 
 def main(args: Args) -> int:
+    try:
+        return plot(args)
+    except OSError as error:  # of writing: what reading meets is told where it is read
+        return fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
+
+
+def plot(args: Args) -> int:
     experiments = [name for name in args.what if name in EXPERIMENTS]
     if not args.what:
         return fail(f"nothing to plot: give run directories or experiments: {', '.join(EXPERIMENTS)}")

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 import zlib
 from dataclasses import replace
 from itertools import permutations
@@ -204,6 +206,69 @@ def test_launcher_refuses_bad_input(capsys):
     assert launch.main(launch.Args(("figure4",), jobs=0)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and "figure99" in lines[0] and "figure4" in lines[0] and "--jobs" in lines[2]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/runs"])
+def test_folders_that_cannot_be_made_are_one_line(folder, tmp_path, capsys):
+    """A file is in the way of --run-root, and of --out of plots and of what is kept."""
+    (tmp_path / "file").touch()
+    run = EXPERIMENTS["figure7"].runs(LAPTOP)[0]
+    directory, bad = write_run(tmp_path / "runs", run, known), tmp_path / folder
+    picture = plot.Args((str(directory),), out=bad / "x.png")
+    assert launch.main(launch.Args(("figure7",), run_root=str(bad))) == 2
+    assert plot.main(plot.Args(("figure7",), runs=tmp_path / "runs", out=bad)) == plot.main(picture) == 2
+    assert keep.main(keep.Args((directory,), bad)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ") and str(bad) in line]
+    assert len(errors) == 4 and all("--run-root" in line or "--out" in line for line in errors), lines
+
+
+@pytest.mark.parametrize(("where", "root"), [(".", "here"), ("..", "elsewhere/runs"), ("benchmark", "../runs")])
+def test_run_root_is_relative_to_where_the_user_stands(where, root, monkeypatch, capsys, tmp_path):
+    """The scripts run in the repository, wherever the launcher was called."""
+    folder = ROOT / where if where == "benchmark" else tmp_path / where
+    monkeypatch.chdir(folder)
+    assert launch.main(launch.Args(("figure7",), run_root=root, dry_run=True)) == 0
+    commands = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert len(commands) == 2
+    for command in commands:
+        assert (ROOT / command[command.index("--run-root") + 1]).resolve() == (folder / root).resolve()
+
+
+STOPPABLE = """import signal, sys, time
+if {handles}: signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handles", "by_launcher", "outcome"),
+    [(True, True, "stopped"), (False, True, "stopped"), (True, False, "stopped"),
+     (False, False, "failed (exit status -15): ready")],
+)  # fmt: skip
+def test_a_stopped_run_has_not_failed(handles, by_launcher, outcome, tmp_path):
+    """Neither one that wrote a checkpoint, nor one that the launcher stopped before it listens to signals."""
+    (tmp_path / "script.py").write_text(STOPPABLE.format(handles=handles))
+    job = launch.Job("run", ["script.py"], 60, "run", str(tmp_path), [])
+    job.start()
+    log = tmp_path / "run" / "log.txt"
+    while "ready" not in log.read_text().splitlines():
+        assert job.process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    job.stop() if by_launcher else job.process.terminate()
+    job.process.wait(timeout=30)
+    assert job.outcome() == outcome
+
+
+def test_dry_run_into_head(environment):
+    """A reader that has seen enough: more commands than fit in a pipe, and no word about it."""
+    command = [sys.executable, "benchmark/launch.py", "figure4", "figure1", "--scale", "paper", "--dry-run"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith(b"# figure4 at paper scale")
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
+    process.stderr.close()
 
 
 # ---------------------------------------------------------------------------------------------------- statistics

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_files import error_line
 from tensorboardX.proto.event_pb2 import Event
 
 import brc_sac_continuous as brc
@@ -121,6 +122,14 @@ def test_no_device_is_one_line(run):
     result = run("--env-ids", "gym/Pendulum-v1", JAX_PLATFORMS="cuda")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: JAX has no device (JAX_PLATFORMS=cuda)")
+
+
+def test_a_path_too_long_for_sockets_is_one_line(run, tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    result = run("--env-ids", "gym/Pendulum-v1", "--run-root", tmp_path / "runs", TMPDIR=str(folder))
+    assert result.returncode == 2 and "set TMPDIR to a short path" in error_line(result.stderr)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("words", ["--env-ids a --env-ids b", "--env-ids=a --env_ids b"])
