@@ -746,7 +746,8 @@ def convert_minari(name: str, task: str, path: Path) -> None:
         records.flush()
         partial_path.replace(path)
     except Exception as error:  # Minari's, HDF5's and the network's own, of many kinds
-        raise UserError(f"cannot read Minari data set {name}: {' '.join(str(error).split())}") from error
+        reason = f"cannot read a Minari data set of that name: {' '.join(str(error).split())}"
+        raise UserError(f"--dataset {name}: no folder with .npy files, and {reason}") from error
 
 
 def check_same_data(run_dir: Path, **found: dict[str, float]) -> None:
