@@ -580,21 +580,15 @@ def test_unfinished_and_damaged_runs(tmp_path, capsys):
     assert "Missing:" in markdown and multi[2].name in markdown
 
 
-def diverge(directory: Path, at: int, length: int, every: int) -> None:
-    """What the scripts write when a value is not finite."""
-    saved = json.loads((directory / "args.json").read_text())
-    saved |= {"diverged_at": at, "total_timesteps": length, "eval_every": every}
-    (directory / "args.json").write_text(json.dumps(saved))
-
-
 def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys):
     """It counts as score 0 from where it ended itself: a mean of the survivors would be twice as high."""
     root, runs = tmp_path / "runs", EXPERIMENTS["figure9"].runs(LAPTOP)
     whole, diverged = [run for run in runs if run.label == "BRC*"]
+    length, every = diverged.length, int(diverged.flag("--eval-every"))
     for run in runs:
-        directory = write_run(root, run, lambda *_: 0.8, part=0.5 if run == diverged else 1)
-    directory, length, every = root / diverged.name, diverged.length, int(diverged.flag("--eval-every"))
-    diverge(directory, length // 2 + 7, length, every)
+        path = write_run(root, run, lambda *_: 0.8, part=0.5 if run == diverged else 1) / "args.json"
+        saved = {**json.loads(path.read_text()), "total_timesteps": length, "eval_every": every}
+        path.write_text(json.dumps(saved | ({"diverged_at": length // 2 + 7} if run == diverged else {})))
     assert draw("figure9", "figure17", runs=root, out=tmp_path / "plots") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("figure9")]
     said = f"{diverged.name}: diverged at step {length // 2 + 7:,}: what follows counts as score 0"
@@ -607,8 +601,8 @@ def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys):
     assert curve.to_dict() == pytest.approx({s: 0.8 if s <= length // 2 else 0.4 for s in range(0, length + 1, every)})
 
     args = plot.Args(tuple(str(root / run.name) for run in (whole, diverged)), out=tmp_path / "x.png")
-    groups = [plot.read_run(Path(name)) for name in args.what]
-    assert all(points[-1] == (length, 0) for points in groups[1][2].values())
+    (group, _, _), (other, _, curves) = (plot.read_run(Path(name)) for name in args.what)
+    assert group == other and all(points[-1] == (length, 0) for points in curves.values())
     assert plot.main(args) == 0 and said.partition(": ")[2] in capsys.readouterr().err
 
 
