@@ -87,7 +87,8 @@ def read_evaluations(directory: Path) -> tuple[pd.DataFrame, str]:
     table, lost = count_divergence(table, "return", ["task"])
     if lost.any() or diverged_at is not None:
         step = table["step"][lost].min() if diverged_at is None else diverged_at
-        problem = "; ".join(filter(None, [problem, f"diverged at step {step:,}: what follows counts as score 0"]))
+        counts = "then counts as score 0, its lowest return" if len(table) else "has no evaluation to count"
+        problem = "; ".join(filter(None, [problem, f"diverged at step {step:,}, {counts}"]))
     return table, problem
 
 

@@ -591,7 +591,7 @@ def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys):
         path.write_text(json.dumps(saved | ({"diverged_at": length // 2 + 7} if run == diverged else {})))
     assert draw("figure9", "figure17", runs=root, out=tmp_path / "plots") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("figure9")]
-    said = f"{diverged.name}: diverged at step {length // 2 + 7:,}: what follows counts as score 0"
+    said = f"{diverged.name}: diverged at step {length // 2 + 7:,}, then counts as score 0, its lowest return"
     assert lines == [f"figure9 (laptop scale): {said}"]
     row = table_of(tmp_path / "plots", "figure9").query("label == 'BRC*'").iloc[0]
     assert row["seeds"] == 2 and row["mean"] == pytest.approx(0.4)
@@ -615,12 +615,15 @@ def test_values_that_are_not_finite_count_as_the_lowest(tmp_path):
     (tmp_path / "eval.csv").write_text("\n".join([",".join(scores.EVAL_COLUMNS), *lines, ""]))
     (tmp_path / "args.json").write_text(json.dumps({"env_info": {}, "eval_every": 10, "total_timesteps": 45}))
     table, problem = scores.read_evaluations(tmp_path)
-    assert problem == "diverged at step 20: what follows counts as score 0"
+    assert problem == "diverged at step 20, then counts as score 0, its lowest return"
     for task, score in tasks.items():
         rows = table[table["task"] == task]
         assert rows["step"].tolist() == [0, 10, 20, 30, 40, 45]
         assert rows["return"].tolist() == [20, 30, 20, 20, 20, 20] and rows["success"].isna().all()
         np.testing.assert_equal(rows["score"].iloc[2:].tolist(), [score] * 4)
+    (tmp_path / "eval.csv").write_text(",".join(scores.EVAL_COLUMNS) + "\n")
+    (tmp_path / "args.json").write_text(json.dumps({"env_info": {}, "diverged_at": 0, "eval_every": 10}))
+    assert scores.read_evaluations(tmp_path)[1] == "diverged at step 0, has no evaluation to count"
     rows = ["agent,task,seed,step,value", "x,dmc/walker-walk,1,10,900", "x,dmc/walker-walk,2,10,nan"]
     (tmp_path / "published.csv").write_text("\n".join(rows))
     reference, problem = scores.read_reference(tmp_path / "published.csv")
