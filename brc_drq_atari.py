@@ -1507,6 +1507,10 @@ class Run:
         with contextlib.suppress(OSError):
             for path in self.created:
                 path.rmdir()  # where nothing was written
+        if isinstance(error, FloatingPointError) and self.bar is not None:  # for those who compare runs: see scores.py
+            text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
+            with contextlib.suppress(OSError):
+                replace_file(self.directory / "args.json", text)
         if isinstance(error, (FloatingPointError, WorkerFailure)):
             good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
             last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
@@ -1538,7 +1542,7 @@ class Run:
 
     def start(self, **information) -> None:
         """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
-        What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        What the curves hold beyond the checkpoint that a run resumes from is dropped, and that it diverged there."""
         names = ("args.json", "eval.csv", "events.*", "statistics", "videos")
         found = [path for name in names for path in self.directory.glob(name) if not self.args.resume]
         if found:  # of a run of the same name that left no checkpoint
@@ -1546,9 +1550,9 @@ class Run:
             before.mkdir()
             for path in found:
                 path.rename(before / path.name)
-        information = {**asdict(self.args), **run_information(), **information}
-        replace_file(self.directory / "args.json", json.dumps(information, indent=2))
-        print(f"device: {information['device']}; run directory: {self.directory}")
+        self.information = {**asdict(self.args), **run_information(), **information}
+        replace_file(self.directory / "args.json", json.dumps(self.information, indent=2))
+        print(f"device: {self.information['device']}; run directory: {self.directory}")
         if self.total == 0:
             return
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
@@ -1564,7 +1568,7 @@ class Run:
             try:
                 import wandb
 
-                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=information, **about)
+                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=self.information, **about)
             except Exception as error:  # not installed, not logged in, no network
                 ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
                 raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error

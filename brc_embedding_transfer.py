@@ -200,18 +200,40 @@ RESUMABLE = {  # arguments that a resumed run may change
     "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
     "wandb_project", "env_backend", "env_workers", "env_timeout", "resume", "pretrained",
 }  # fmt: skip
+BATCH_SIZES = {"model": 256, "embedding": 256, "data": 1024, "scratch": 256}
+PROTOCOLS = {  # arguments that not all protocols use: those that do
+    **dict.fromkeys(("embedding_init", "load_optimizer"), ("model",)), "prior_fraction": ("data",),
+    **dict.fromkeys(("embedding_lr", "embedding_updates", "heatmap"), ("embedding",)),
+    "adaptation_transitions": ("embedding", "model"),
+    **dict.fromkeys(
+        ("total_timesteps", "learning_starts", "eval_every", "checkpoint_every", "keep_checkpoints", "track",
+         "batch_size", "utd", "buffer_size", "polyak_tau", "actor_lr", "critic_lr", "temperature_lr", "weight_decay",
+         "initial_temperature", "target_entropy"), ("model", "data", "scratch"),
+    ),
+}  # fmt: skip
 
 
 def check_together(args: Args, tasks: list[str]) -> None:
-    """Raises UserError for arguments that do not go together."""
+    """Raises UserError for arguments that do not go together, also for one that the protocol would ignore."""
     if not args.pretrained:
         raise UserError("no pretrained agent: give --pretrained, the run directory of brc_sac_continuous.py on tasks")
     if len(tasks) > 1 and args.protocol != "embedding":
         raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one of --env-ids")
-    if args.heatmap and args.protocol != "embedding":
-        raise UserError(f"--heatmap goes with --protocol embedding, not {args.protocol}")
-    if args.track and args.protocol == "embedding":
-        raise UserError("--track goes with --protocol model, data or scratch, not embedding")
+    given = [name for name in PROTOCOLS if getattr(args, name) != getattr(Args, name) and not args.resume]
+    for name in given:
+        *others, last = PROTOCOLS[name]
+        builds = name == "total_timesteps" and not args.total_timesteps  # everything, in all of them
+        if args.protocol not in PROTOCOLS[name] and not builds:
+            protocols = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"--{name.replace('_', '-')} goes with --protocol {protocols}, not {args.protocol}")
+    if "adaptation_transitions" in given and args.protocol == "model" and args.embedding_init != "best":
+        raise UserError("--adaptation-transitions goes with --protocol embedding or --embedding-init best")
+    if args.protocol == "data" and args.prior_fraction:
+        size = args.batch_size or BATCH_SIZES["data"]
+        if round(size * args.prior_fraction) in (0, size):
+            raise UserError(
+                f"--prior-fraction {args.prior_fraction}: rounds to none or all of --batch-size {size} rows"
+            )
     choosing = args.adaptation_transitions if args.protocol == "model" and args.embedding_init == "best" else 0
     if 0 < args.total_timesteps < choosing:
         raise UserError(f"--total-timesteps {args.total_timesteps}: fewer than --adaptation-transitions {choosing}")
@@ -763,6 +785,14 @@ def sample(rng, online: Replay, prior: Replay | None, num_prior: int, utd: int, 
     return Batch(*(np.concatenate(leaves, axis=1) for leaves in zip(earlier, batch, strict=True)))
 
 
+def prior_rows(args: Args, rng: np.random.Generator, prior_size: int, new_size: int) -> int:
+    """How many rows of a batch are of prior tasks: the given share, or as many as chance gives where all transitions
+    are drawn alike. (Their mean, rounded, would be the whole batch while the new task has few.)"""
+    if args.prior_fraction is None:
+        return int(rng.binomial(args.batch_size, prior_size / (prior_size + new_size)))
+    return round(args.batch_size * args.prior_fraction)
+
+
 def all_transitions(replay: Replay) -> Batch:
     """Every transition of the new task, [number, ...]."""
     slots = np.flatnonzero(replay.slots["valid"][0])
@@ -792,28 +822,22 @@ def merged_settings(args: Args, saved: dict) -> SimpleNamespace:
     return SimpleNamespace(**{**saved, **given, "target_entropy": args.target_entropy})
 
 
-def load_pretrained(args: Args) -> Pretrained:
-    """Reads --pretrained: arguments, newest undamaged checkpoint and, for --protocol data, its replay.
-
-    Raises UserError unless it is a whole multi-task run of brc_sac_continuous.py with what the protocol needs.
-    """
+def read_arguments(args: Args) -> dict:
+    """args.json of --pretrained, which takes no time. Raises UserError unless it is a multi-task run of
+    brc_sac_continuous.py with a checkpoint and what the protocol needs."""
     directory, needed = Path(args.pretrained), {"task_conditioning": "embedding"}
     if args.protocol == "embedding" or (args.protocol, args.embedding_init) == ("model", "best"):
         needed["critic_loss"] = "ce"  # TD(e) is a cross-entropy
     try:
         saved = json.loads((directory / "args.json").read_text())
-        script, info, settings = saved["script"], SimpleNamespace(**saved["env_info"]), merged_settings(args, saved)
-        num_tasks, sizes = len(info.task_names), (info.observation_dim, info.action_dim)
+        if (script := saved["script"]) != "brc_sac_continuous":
+            raise UserError(f"--pretrained {directory}: that run was made by {script}, not by brc_sac_continuous")
+        info, settings = SimpleNamespace(**saved["env_info"]), merged_settings(args, saved)
+        make_agent(settings, len(info.task_names), info.observation_dim, info.action_dim, info.action_dims)
         unfit = [name for name, value in needed.items() if saved[name] != value]
-        agent, replay = make_agent(settings, num_tasks, *sizes, info.action_dims), None
-        blank = agent.init(0)  # with the checkpoint's structure
-        if args.protocol == "data":
-            replay = Replay(num_tasks, min(saved["buffer_size"], max(saved["total_timesteps"], 1) + 1000), *sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--pretrained {directory}: no run of brc_sac_continuous.py there ({error})") from error
-    if script != "brc_sac_continuous":
-        raise UserError(f"--pretrained {directory}: that run was made by {script}, not by brc_sac_continuous")
-    if num_tasks < 2:
+    if len(info.task_names) < 2:
         (task,) = info.task_names
         raise UserError(f"--pretrained {directory}: that run has one task, {task}; transfer needs several")
     if unfit:
@@ -821,8 +845,23 @@ def load_pretrained(args: Args) -> Pretrained:
         raise UserError(f"--pretrained {directory}: that run has {has}; --protocol {args.protocol} needs {needs}")
     if not checkpoint_steps(directory):
         raise UserError(f"--pretrained {directory}: that run has no checkpoint yet")
+    return saved
+
+
+def load_pretrained(args: Args, saved: dict) -> Pretrained:
+    """Newest undamaged checkpoint of --pretrained and, for --protocol data, its replay. saved: see read_arguments.
+    Raises UserError if there is none."""
+    directory, info, settings = (
+        Path(args.pretrained),
+        SimpleNamespace(**saved["env_info"]),
+        merged_settings(args, saved),
+    )
+    num_tasks, sizes = len(info.task_names), (info.observation_dim, info.action_dim)
+    agent, replay = make_agent(settings, num_tasks, *sizes, info.action_dims), None
+    if args.protocol == "data":
+        replay = Replay(num_tasks, min(saved["buffer_size"], max(saved["total_timesteps"], 1) + 1000), *sizes)
     try:
-        state, counters = load_checkpoint(directory, blank, replay)
+        state, counters = load_checkpoint(directory, agent.init(0), replay)
     except UserError as error:
         raise UserError(f"--pretrained {directory}: none of its checkpoints is whole") from error
     if args.resume:
@@ -836,26 +875,26 @@ def load_pretrained(args: Args) -> Pretrained:
 
 
 def target_envs(
-    args: Args, task: str, pretrained: Pretrained, num_envs: int, seed: int, workers: "EnvWorkers"
+    args: Args, task: str, info: SimpleNamespace, num_envs: int, seed: int, workers: "EnvWorkers"
 ) -> "ParallelEnvs":
     """num_envs copies of a new task, padded to the pretrained agent's sizes. Raises UserError if it is larger."""
-    envs, info = ParallelEnvs([task], num_envs, seed, args.env_backend, workers), pretrained.info
+    envs = ParallelEnvs([task], num_envs, seed, args.env_backend, workers)
     for what in ("observation", "action"):
         size, largest = getattr(envs, f"{what}_dim"), getattr(info, f"{what}_dim")
         if size > largest:
             envs.close()
-            raise UserError(f"{task} has {size} {what}s, the pretrained agent of {pretrained.directory} only {largest}")
+            raise UserError(f"{task} has {size} {what}s, the pretrained agent of {args.pretrained} only {largest}")
     envs.observation_dim, envs.action_dim = info.observation_dim, info.action_dim
     envs.action_mask = np.arange(envs.action_dim) < np.array(envs.action_dims)[:, None]
     return envs
 
 
-def target_information(args: Args, tasks: list[str], pretrained: Pretrained) -> dict:
-    """env_info of args.json. Makes every task once, so that one that cannot be made is refused before the first is
-    learned."""
+def target_information(args: Args, tasks: list[str], info: SimpleNamespace) -> dict:
+    """env_info of args.json. Makes every task once, so that one that cannot be made, or is larger than the pretrained
+    agent, is refused before anything is loaded."""
     own_sizes = []
     for task in tasks:
-        envs = target_envs(args, task, pretrained, 1, args.seed, EnvWorkers(1, args.env_timeout))
+        envs = target_envs(args, task, info, 1, args.seed, EnvWorkers(1, args.env_timeout))
         own_sizes.append((envs.observation_dims[0], envs.action_dims[0]))
         envs.close()
     observation_dims, action_dims = zip(*own_sizes, strict=True)
@@ -989,14 +1028,15 @@ def main(args: Args) -> None:
     """Transfers one pretrained agent to the tasks of `args`; everything it writes is in its run directory."""
     tasks, _ = resolve_tasks(args.suite, args.env_ids)
     check_together(args, tasks)
-    args.batch_size = args.batch_size or (1024 if args.protocol == "data" else 256)
+    args.batch_size = args.batch_size or BATCH_SIZES[args.protocol]
     protocol, total = learn, args.total_timesteps
     if args.protocol == "embedding":
         protocol, total = adapt_embeddings, len(tasks) * args.adaptation_transitions * (total > 0)
     with Run(args, args.suite or tasks[0], total, experiment=f"{args.exp_name}-{args.protocol}") as run:
-        pretrained = load_pretrained(args)
+        saved = read_arguments(args)
+        env_info = target_information(args, tasks, SimpleNamespace(**saved["env_info"]))
+        pretrained = load_pretrained(args, saved)
         args.discount = pretrained.settings.discount
-        env_info = target_information(args, tasks, pretrained)
         state = pretrained.state
         print(f"pretrained: {len(pretrained.embeddings)} tasks, step {pretrained.step:,} of {pretrained.directory}")
         print(f"parameters: {parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
@@ -1010,7 +1050,7 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
     number 0; those of prior data have 1, 2, ... and the G_i of pretraining."""
     env_seed, eval_seed = run.seeds()
     workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
-    envs = target_envs(args, tasks[0], pretrained, 1, env_seed, workers)
+    envs = target_envs(args, tasks[0], pretrained.info, 1, env_seed, workers)
     sizes, settings, prior = (envs.observation_dim, envs.action_dim), pretrained.settings, pretrained.replay
     action_dims, prior_max_return, prior_size = list(envs.action_dims), np.zeros(0, np.float32), 0
     if prior:
@@ -1031,15 +1071,14 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
         embedding = starting_embedding(args, agent, pretrained, envs, replay, rng, run)
         state = start_from_pretrained(args, pretrained, state, embedding)
         normalizer.max_return[0] = np.abs(all_transitions(replay).rewards).max(initial=0)
-    eval_envs = target_envs(args, tasks[0], pretrained, eval_copies(1, args.eval_episodes), eval_seed, workers)
+    eval_envs = target_envs(args, tasks[0], pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
     task_ids, act_key, metrics = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1), {}
     observations, batches, rng_state = envs.reset(), None, rng.bit_generator.state
     replay.start(observations)
 
     def draw() -> Batch:
-        alike = prior_size / (prior_size + replay.size)
-        fraction = alike if args.prior_fraction is None else args.prior_fraction
-        return sample(rng, replay, prior, round(args.batch_size * fraction), args.utd, args.batch_size)
+        num_prior = prior_rows(args, rng, prior_size, replay.size)
+        return sample(rng, replay, prior, num_prior, args.utd, args.batch_size)
 
     while True:
         if run.evaluation_due():
@@ -1115,8 +1154,8 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
             continue
         env_seed, eval_seed, choice_seed = np.random.SeedSequence([args.seed, number]).generate_state(3).tolist()
         workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
-        envs = target_envs(args, task, pretrained, 1, env_seed, workers)
-        eval_envs = target_envs(args, task, pretrained, eval_copies(1, args.eval_episodes), eval_seed, workers)
+        envs = target_envs(args, task, pretrained.info, 1, env_seed, workers)
+        eval_envs = target_envs(args, task, pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
         sizes = envs.observation_dim, envs.action_dim
         agent = make_agent(pretrained.settings, 1, *sizes, envs.action_dims, use_embedding=True)
         states = infer_embeddings(args, agent, pretrained, envs, np.random.default_rng(choice_seed), run)
@@ -1356,7 +1395,7 @@ def list_tasks() -> None:
         elif missing:
             print(f"  {INSTALL[family]}")
         print(f"  {' '.join(tasks)}")
-    print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
+    print("gym/ (any registered Gymnasium id, or module:Id-v0; flat Box or Dict observations, 1-D Box actions)")
     print("suites:")
     for suite, (tasks, steps) in SUITES.items():
         print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
@@ -1494,7 +1533,9 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
         hint = INSTALL.get(family, f"pip install the package that registers {name}")
         raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
     except (gym.error.Error, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot make {task}: {describe(error)}") from error
+        unnamed = isinstance(error, (gym.error.NameNotFound, gym.error.NamespaceNotFound)) and ":" not in name
+        hint = f"; name the module that registers it, such as gym/gymnasium_robotics:{name}" * unnamed
+        raise UserError(f"cannot make {task}: {describe(error)}{hint}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
         parts = observation_parts(env.observation_space)
         try:
@@ -2281,6 +2322,10 @@ class Run:
         with contextlib.suppress(OSError):
             for path in self.created:
                 path.rmdir()  # where nothing was written
+        if isinstance(error, FloatingPointError) and self.bar is not None:  # for those who compare runs: see scores.py
+            text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
+            with contextlib.suppress(OSError):
+                replace_file(self.directory / "args.json", text)
         if isinstance(error, (FloatingPointError, WorkerFailure)):
             good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
             last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
@@ -2312,7 +2357,7 @@ class Run:
 
     def start(self, **information) -> None:
         """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
-        What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        What the curves hold beyond the checkpoint that a run resumes from is dropped, and that it diverged there."""
         names = ("args.json", "eval.csv", "events.*", "statistics", "videos")
         found = [path for name in names for path in self.directory.glob(name) if not self.args.resume]
         if found:  # of a run of the same name that left no checkpoint
@@ -2320,9 +2365,9 @@ class Run:
             before.mkdir()
             for path in found:
                 path.rename(before / path.name)
-        information = {**asdict(self.args), **run_information(), **information}
-        replace_file(self.directory / "args.json", json.dumps(information, indent=2))
-        print(f"device: {information['device']}; run directory: {self.directory}")
+        self.information = {**asdict(self.args), **run_information(), **information}
+        replace_file(self.directory / "args.json", json.dumps(self.information, indent=2))
+        print(f"device: {self.information['device']}; run directory: {self.directory}")
         if self.total == 0:
             return
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
@@ -2338,7 +2383,7 @@ class Run:
             try:
                 import wandb
 
-                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=information, **about)
+                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=self.information, **about)
             except Exception as error:  # not installed, not logged in, no network
                 ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
                 raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error

@@ -1013,7 +1013,7 @@ def list_tasks() -> None:
         elif missing:
             print(f"  {INSTALL[family]}")
         print(f"  {' '.join(tasks)}")
-    print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
+    print("gym/ (any registered Gymnasium id, or module:Id-v0; flat Box or Dict observations, 1-D Box actions)")
     print("suites:")
     for suite, (tasks, steps) in SUITES.items():
         print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
@@ -1151,7 +1151,9 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
         hint = INSTALL.get(family, f"pip install the package that registers {name}")
         raise UserError(f"{task} needs a package that is missing ({error}); install: {hint}") from error
     except (gym.error.Error, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot make {task}: {describe(error)}") from error
+        unnamed = isinstance(error, (gym.error.NameNotFound, gym.error.NamespaceNotFound)) and ":" not in name
+        hint = f"; name the module that registers it, such as gym/gymnasium_robotics:{name}" * unnamed
+        raise UserError(f"cannot make {task}: {describe(error)}{hint}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
         parts = observation_parts(env.observation_space)
         try:
@@ -1938,6 +1940,10 @@ class Run:
         with contextlib.suppress(OSError):
             for path in self.created:
                 path.rmdir()  # where nothing was written
+        if isinstance(error, FloatingPointError) and self.bar is not None:  # for those who compare runs: see scores.py
+            text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
+            with contextlib.suppress(OSError):
+                replace_file(self.directory / "args.json", text)
         if isinstance(error, (FloatingPointError, WorkerFailure)):
             good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
             last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
@@ -1969,7 +1975,7 @@ class Run:
 
     def start(self, **information) -> None:
         """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
-        What the curves hold beyond the checkpoint that a run resumes from is dropped."""
+        What the curves hold beyond the checkpoint that a run resumes from is dropped, and that it diverged there."""
         names = ("args.json", "eval.csv", "events.*", "statistics", "videos")
         found = [path for name in names for path in self.directory.glob(name) if not self.args.resume]
         if found:  # of a run of the same name that left no checkpoint
@@ -1977,9 +1983,9 @@ class Run:
             before.mkdir()
             for path in found:
                 path.rename(before / path.name)
-        information = {**asdict(self.args), **run_information(), **information}
-        replace_file(self.directory / "args.json", json.dumps(information, indent=2))
-        print(f"device: {information['device']}; run directory: {self.directory}")
+        self.information = {**asdict(self.args), **run_information(), **information}
+        replace_file(self.directory / "args.json", json.dumps(self.information, indent=2))
+        print(f"device: {self.information['device']}; run directory: {self.directory}")
         if self.total == 0:
             return
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
@@ -1995,7 +2001,7 @@ class Run:
             try:
                 import wandb
 
-                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=information, **about)
+                self.wandb = wandb.init(resume="allow", dir=str(self.directory), config=self.information, **about)
             except Exception as error:  # not installed, not logged in, no network
                 ways = "pip install wandb, wandb login, or set WANDB_MODE=offline"
                 raise UserError(f"--track: {' '.join(str(error).split())}; {ways}") from error

@@ -237,8 +237,7 @@ def transfer(
             argv = ("--pretrained", f"{{runs}}/{pretrained.name}", "--env-ids", *targets, "--protocol", protocol)
             argv += tuple(flags)
             if protocol != "embedding":
-                argv += ("--total-timesteps", str(steps))
-            argv += scale.flags.get(TRANSFER, ())
+                argv += ("--total-timesteps", str(steps), *scale.flags.get(TRANSFER, ()))
             where = targets[0].partition("/")[2] if len(targets) == 1 else f"{len(targets)}-targets"
             tag = f"{scale.name}-{where}-{protocol}-transfer"
             width = int(pretrained.flag("--critic-width"))

@@ -36,8 +36,12 @@ def main(args: Args) -> int:
     if missing := [run for run in args.runs if not (run / "args.json").exists()]:
         print(f"error: {missing[0]} is no run directory: it has no args.json", file=sys.stderr)
         return 2
-    for run in args.runs:
-        keep(run, args.out)
+    try:
+        for run in args.runs:
+            keep(run, args.out)
+    except OSError as error:
+        print(f"error: cannot write {error.filename}: {error.strerror}; choose another --out", file=sys.stderr)
+        return 2
     print(f"kept {len(args.runs)} runs in {args.out}")
     return 0
 

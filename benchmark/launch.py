@@ -336,6 +336,10 @@ def main(args: Args) -> int:
     print(f"# {len(runs)} runs, {len(runs) - len(open_runs)} finished; about {hours:,.1f} {where} to do", flush=True)
     if args.dry_run or not open_runs:
         return 0
+    try:
+        (ROOT / args.run_root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return fail(f"cannot make {args.run_root}: {error.strerror}; choose another --run-root")
     # Runs of equal shapes compile once.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((ROOT / args.run_root / ".jax_cache").absolute()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

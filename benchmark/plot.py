@@ -36,7 +36,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 PAPER_TABLES = Path(__file__).resolve().parent / "paper"
-NOT_PART_OF_GROUP = ("seed", "run_name", "run_root", "resume", "versions", "device", "git_commit", "wandb_project")
+NOT_PART_OF_GROUP = (
+    "seed", "run_name", "run_root", "resume", "versions", "device", "git_commit", "wandb_project", "diverged_at",
+)  # fmt: skip
 STATISTIC_COLUMNS = [f"{name}{end}" for name in scores.STATISTICS for end in ("", "_low", "_high")]
 
 
@@ -796,6 +798,13 @@ def fail(message: str) -> int:
 
 
 def main(args: Args) -> int:
+    try:
+        return plot(args)
+    except OSError as error:  # of writing: what reading meets is told where it is read
+        return fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
+
+
+def plot(args: Args) -> int:
     experiments = [name for name in args.what if name in EXPERIMENTS]
     if not args.what:
         return fail(f"nothing to plot: give run directories or experiments: {', '.join(EXPERIMENTS)}")
@@ -818,8 +827,10 @@ def main(args: Args) -> int:
         references = [scores.read_reference(path) for path in args.reference]
     except scores.BadReference as error:
         return fail(str(error))
-    columns = ["agent", "task", "seed", "step", "value", "score"]
-    reference = pd.concat(references, ignore_index=True) if references else pd.DataFrame(columns=columns)
+    for problem in [problem for _, problem in references if problem]:
+        print(problem, file=sys.stderr)
+    nothing = pd.DataFrame(columns=["agent", "task", "seed", "step", "value", "score"])
+    reference = pd.concat([table for table, _ in references] or [nothing], ignore_index=True)
     found = [name for name in SCALES if any(args.runs.glob(f"{name}-*"))] or ["laptop"]
     plotted = [
         plot_experiment(name, SCALES[scale], args, reference)

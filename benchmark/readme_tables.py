@@ -21,10 +21,14 @@ def evaluations(run: Path) -> list[dict]:
 
 
 def mean_of(run: Path, column: str, steps=None, task: str = "") -> float:
-    """Mean of a column over tasks and the given steps (default: the last); task: those whose name ends so."""
+    """Mean of a column over tasks and the given steps (default: the run's planned end); task: those whose name ends so.
+    Raises ValueError unless every task was evaluated at each of them, with a finite value."""
     rows = [row for row in evaluations(run) if row["task"].endswith(task)]
-    wanted = {max(int(row["step"]) for row in rows)} if steps is None else set(steps)
-    return float(np.mean([float(row[column]) for row in rows if int(row["step"]) in wanted]))
+    wanted = {json.loads((run / "args.json").read_text())["total_timesteps"]} if steps is None else set(steps)
+    values = [float(row[column]) for row in rows if int(row["step"]) in wanted]
+    if len(values) < len(wanted) * len({row["task"] for row in rows}) or not np.isfinite(values).all():
+        raise ValueError(f"{run}: no finite {column} of every task at steps {sorted(wanted)}")
+    return float(np.mean(values))
 
 
 def two(value: float) -> str:

@@ -2,7 +2,7 @@
 (2021, "Deep RL at the edge of the statistical precipice") over them, computed by rliable.
 
 Everything is a pandas table with one row per evaluation of one task. What is missing or damaged is left out and named
-in a list of lines, never silently.
+in a list of lines, never silently. A run that diverged is not left out: see count_divergence.
 """
 
 import csv
@@ -70,11 +70,42 @@ def read_table(path: Path, columns: tuple[str, ...]) -> tuple[pd.DataFrame, str]
 
 def read_evaluations(directory: Path) -> tuple[pd.DataFrame, str]:
     """eval.csv of a run, each evaluation of a task once, and what is wrong with it. Tasks of an evaluation that is not
-    there for all tasks are left out."""
+    there for all tasks are left out. Of a run that diverged, see count_divergence, it is continued to the planned end.
+    """
     table, problem = read_table(directory / "eval.csv", EVAL_COLUMNS)
     table = table.drop_duplicates(["step", "task"], keep="last")
-    complete = table.groupby("step")["task"].transform("count") == table["task"].nunique()
-    return table[complete], problem
+    table = table[table.groupby("step")["task"].transform("count") == table["task"].nunique()]
+    last = table[table["step"] == table["step"].max()]
+    information, _ = read_information(directory)
+    diverged_at = information.get("diverged_at")
+    if len(last) and (diverged_at is not None or not np.isfinite(last["return"]).all()):
+        every, total = (information.get(name, 0) for name in ("eval_every", "total_timesteps"))
+        total = information.get("total_updates", total)
+        planned = [*range(0, total, every), total] if every else []
+        missing = [last.assign(step=step, **{"return": np.nan}) for step in planned if step > last["step"].iloc[0]]
+        table = pd.concat([table, *missing], ignore_index=True)
+    table, lost = count_divergence(table, "return", ["task"])
+    if lost.any() or diverged_at is not None:
+        step = table["step"][lost].min() if diverged_at is None else diverged_at
+        counts = "then counts as score 0, its lowest return" if len(table) else "has no evaluation to count"
+        problem = "; ".join(filter(None, [problem, f"diverged at step {step:,}, {counts}"]))
+    return table, problem
+
+
+def count_divergence(table: pd.DataFrame, value: str, by: list[str]) -> tuple[pd.DataFrame, pd.Series]:
+    """The table with the rows of a learner that diverged as what they are worth, and which rows these are.
+
+    Leaving them out would show the mean of the seeds that survived. A row whose return (column `value`) is not finite
+    has score and success 0, E.3's value of knowing nothing, and the lowest return that its group `by` ever had. A task
+    for which the paper defines no score still has none.
+    """
+    lost = ~np.isfinite(table[value].astype(float))
+    measured = table[value].where(~lost)
+    table = table.assign(**{value: measured.fillna(measured.groupby([table[name] for name in by]).transform("min"))})
+    for column in {"score", "success"} & set(table):
+        has_one = table[column].where(~lost).groupby(table["task"]).transform("count") > 0
+        table[column] = table[column].mask(lost, np.where(has_one, 0.0, np.nan))
+    return table, lost
 
 
 def read_information(directory: Path) -> tuple[dict, str]:
@@ -160,8 +191,8 @@ class BadReference(Exception):
     """A file that is none of the known layouts."""
 
 
-def read_reference(path: Path) -> pd.DataFrame:
-    """Published curves: agent, task, seed, step, value (raw return or success) and score.
+def read_reference(path: Path) -> tuple[pd.DataFrame, str]:
+    """Published curves: agent, task, seed, step, value (raw return or success) and score; and what is wrong with them.
 
     Three layouts: CSV with suite,agent,task,seed,step,value; CSV with agent,metric,task,seed,step,value; and the
     results folder of github.com/naumix/BiggerRegularizedCategorical, whose <suite>/BRC_<agent>/<task>.npy are arrays
@@ -184,7 +215,9 @@ def read_reference(path: Path) -> pd.DataFrame:
             table = table.assign(agent=table["agent"] + " (published)")
         table = table.assign(agent=table["agent"].replace(AUTHORS))[columns]
     scores = [normalized_score(task, value) for task, value in zip(table["task"], table["value"], strict=True)]
-    return table.assign(score=scores)
+    table, lost = count_divergence(table.assign(score=scores), "value", ["agent", "task"])
+    problem = f"--reference {path}: {lost.sum()} values are missing or not finite: they count as score 0"
+    return table, problem * bool(lost.any())
 
 
 def read_npy_tree(path: Path) -> pd.DataFrame:
@@ -217,10 +250,11 @@ STATISTICS = {"mean": metrics.aggregate_mean, "iqm": metrics.aggregate_iqm, "med
 
 def score_matrix(table: pd.DataFrame, column: str = "score") -> tuple[np.ndarray, list[str]]:
     """[seeds, tasks] of one evaluation each, and the tasks. Tasks are strata: seeds of different tasks need not belong
-    together, so where a task has more seeds than another, its first ones count."""
+    together, so where a task has more seeds than another, its first ones count. A task without any score is left out;
+    a seed never is: where others have one, what is not finite counts as 0."""
     by_task = {task: rows.sort_values("seed")[column].to_numpy() for task, rows in table.groupby("task", sort=False)}
-    by_task = {task: values[~np.isnan(values)] for task, values in by_task.items()}
-    by_task = {task: values for task, values in by_task.items() if len(values)}
+    finite = {task: np.isfinite(values) for task, values in by_task.items()}
+    by_task = {task: np.where(finite[task], values, 0) for task, values in by_task.items() if finite[task].any()}
     if not by_task:
         return np.zeros((0, 0)), []
     seeds = min(map(len, by_task.values()))

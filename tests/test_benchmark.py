@@ -9,8 +9,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 import zlib
 from dataclasses import replace
 from itertools import permutations
@@ -206,6 +208,69 @@ def test_launcher_refuses_bad_input(capsys):
     assert len(lines) == 3 and "figure99" in lines[0] and "figure4" in lines[0] and "--jobs" in lines[2]
 
 
+@pytest.mark.parametrize("folder", ["file", "file/runs"])
+def test_folders_that_cannot_be_made_are_one_line(folder, tmp_path, capsys):
+    """A file is in the way of --run-root, and of --out of plots and of what is kept."""
+    (tmp_path / "file").touch()
+    run = EXPERIMENTS["figure7"].runs(LAPTOP)[0]
+    directory, bad = write_run(tmp_path / "runs", run, known), tmp_path / folder
+    picture = plot.Args((str(directory),), out=bad / "x.png")
+    assert launch.main(launch.Args(("figure7",), run_root=str(bad))) == 2
+    assert plot.main(plot.Args(("figure7",), runs=tmp_path / "runs", out=bad)) == plot.main(picture) == 2
+    assert keep.main(keep.Args((directory,), bad)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ") and str(bad) in line]
+    assert len(errors) == 4 and all("--run-root" in line or "--out" in line for line in errors), lines
+
+
+@pytest.mark.parametrize(("where", "root"), [(".", "here"), ("..", "elsewhere/runs"), ("benchmark", "../runs")])
+def test_run_root_is_relative_to_where_the_user_stands(where, root, monkeypatch, capsys, tmp_path):
+    """The scripts run in the repository, wherever the launcher was called."""
+    folder = ROOT / where if where == "benchmark" else tmp_path / where
+    monkeypatch.chdir(folder)
+    assert launch.main(launch.Args(("figure7",), run_root=root, dry_run=True)) == 0
+    commands = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert len(commands) == 2
+    for command in commands:
+        assert (ROOT / command[command.index("--run-root") + 1]).resolve() == (folder / root).resolve()
+
+
+STOPPABLE = """import signal, sys, time
+if {handles}: signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handles", "by_launcher", "outcome"),
+    [(True, True, "stopped"), (False, True, "stopped"), (True, False, "stopped"),
+     (False, False, "failed (exit status -15): ready")],
+)  # fmt: skip
+def test_a_stopped_run_has_not_failed(handles, by_launcher, outcome, tmp_path):
+    """Neither one that wrote a checkpoint, nor one that the launcher stopped before it listens to signals."""
+    (tmp_path / "script.py").write_text(STOPPABLE.format(handles=handles))
+    job = launch.Job("run", ["script.py"], 60, "run", str(tmp_path), [])
+    job.start()
+    log = tmp_path / "run" / "log.txt"
+    while "ready" not in log.read_text().splitlines():
+        assert job.process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    job.stop() if by_launcher else job.process.terminate()
+    job.process.wait(timeout=30)
+    assert job.outcome() == outcome
+
+
+def test_dry_run_into_head(environment):
+    """A reader that has seen enough: more commands than fit in a pipe, and no word about it."""
+    command = [sys.executable, "benchmark/launch.py", "figure4", "figure1", "--scale", "paper", "--dry-run"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith(b"# figure4 at paper scale")
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
+    process.stderr.close()
+
+
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
@@ -239,8 +304,10 @@ def test_score_matrix_takes_as_many_seeds_as_all_tasks_have():
     rows = [("a", 1, 0.1), ("a", 2, 0.2), ("a", 3, 0.3), ("b", 3, 0.9), ("b", 1, 0.7), ("c", 1, np.nan)]
     table = pd.DataFrame(rows, columns=["task", "seed", "score"])
     matrix, tasks = scores.score_matrix(table)
-    assert tasks == ["a", "b"]
+    assert tasks == ["a", "b"], "c has no score"
     np.testing.assert_array_equal(matrix, [[0.1, 0.7], [0.2, 0.9]])
+    matrix, _ = scores.score_matrix(table.assign(score=[np.nan, 0.2, -np.inf, 0.9, 0.7, np.nan]))
+    np.testing.assert_array_equal(matrix, [[0, 0.7], [0.2, 0.9]], "a seed that diverged is one")
 
 
 def test_mean_curve_needs_every_task():
@@ -513,6 +580,57 @@ def test_unfinished_and_damaged_runs(tmp_path, capsys):
     assert "Missing:" in markdown and multi[2].name in markdown
 
 
+def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys):
+    """It counts as score 0 from where it ended itself: a mean of the survivors would be twice as high."""
+    root, runs = tmp_path / "runs", EXPERIMENTS["figure9"].runs(LAPTOP)
+    whole, diverged = [run for run in runs if run.label == "BRC*"]
+    length, every = diverged.length, int(diverged.flag("--eval-every"))
+    for run in runs:
+        path = write_run(root, run, lambda *_: 0.8, part=0.5 if run == diverged else 1) / "args.json"
+        saved = {**json.loads(path.read_text()), "total_timesteps": length, "eval_every": every}
+        path.write_text(json.dumps(saved | ({"diverged_at": length // 2 + 7} if run == diverged else {})))
+    assert draw("figure9", "figure17", runs=root, out=tmp_path / "plots") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("figure9")]
+    said = f"{diverged.name}: diverged at step {length // 2 + 7:,}, then counts as score 0, its lowest return"
+    assert lines == [f"figure9 (laptop scale): {said}"]
+    row = table_of(tmp_path / "plots", "figure9").query("label == 'BRC*'").iloc[0]
+    assert row["seeds"] == 2 and row["mean"] == pytest.approx(0.4)
+    assert said in (tmp_path / "plots" / "figure9-laptop.md").read_text()
+    table, _ = scores.collect([whole, diverged], root)
+    curve = scores.mean_curve(table, 10).set_index("step")["mean"]
+    assert curve.to_dict() == pytest.approx({s: 0.8 if s <= length // 2 else 0.4 for s in range(0, length + 1, every)})
+
+    args = plot.Args(tuple(str(root / run.name) for run in (whole, diverged)), out=tmp_path / "x.png")
+    (group, _, _), (other, _, curves) = (plot.read_run(Path(name)) for name in args.what)
+    assert group == other and all(points[-1] == (length, 0) for points in curves.values())
+    assert plot.main(args) == 0 and said.partition(": ")[2] in capsys.readouterr().err
+
+
+def test_values_that_are_not_finite_count_as_the_lowest(tmp_path):
+    """In eval.csv and in published curves; a task without a score has its lowest return, and no score still."""
+    tasks = {"dmc/walker-walk": 0.0, "gym/Pendulum-v1": np.nan}
+    returns = ((0, 20.0), (10, 30.0), (20, np.inf), (30, np.nan))
+    lines = [f"{step},0,1.0,{task},1,{value},,{'' if np.isnan(score) else value}"
+             for step, value in returns for task, score in tasks.items()]  # fmt: skip
+    (tmp_path / "eval.csv").write_text("\n".join([",".join(scores.EVAL_COLUMNS), *lines, ""]))
+    (tmp_path / "args.json").write_text(json.dumps({"env_info": {}, "eval_every": 10, "total_timesteps": 45}))
+    table, problem = scores.read_evaluations(tmp_path)
+    assert problem == "diverged at step 20, then counts as score 0, its lowest return"
+    for task, score in tasks.items():
+        rows = table[table["task"] == task]
+        assert rows["step"].tolist() == [0, 10, 20, 30, 40, 45]
+        assert rows["return"].tolist() == [20, 30, 20, 20, 20, 20] and rows["success"].isna().all()
+        np.testing.assert_equal(rows["score"].iloc[2:].tolist(), [score] * 4)
+    (tmp_path / "eval.csv").write_text(",".join(scores.EVAL_COLUMNS) + "\n")
+    (tmp_path / "args.json").write_text(json.dumps({"env_info": {}, "diverged_at": 0, "eval_every": 10}))
+    assert scores.read_evaluations(tmp_path)[1] == "diverged at step 0, has no evaluation to count"
+    rows = ["agent,task,seed,step,value", "x,dmc/walker-walk,1,10,900", "x,dmc/walker-walk,2,10,nan"]
+    (tmp_path / "published.csv").write_text("\n".join(rows))
+    reference, problem = scores.read_reference(tmp_path / "published.csv")
+    assert reference["score"].tolist() == [0.9, 0]
+    assert problem.endswith("1 values are missing or not finite: they count as score 0")
+
+
 def test_damaged_statistics(finished, tmp_path, capsys):
     root = tmp_path / "runs"
     runs = EXPERIMENTS["figure7"].runs(LAPTOP)
@@ -535,7 +653,8 @@ def test_published_curves_in_three_layouts(finished, tmp_path, capsys):
     lines += [f"hb-hard,multitask,humanoidbench/h1hand-sit-simple,{seed},{1_000_000 * (i + 1)},{values[seed, i]}"
               for seed in range(2) for i in range(2)]  # fmt: skip
     (tmp_path / "authors.csv").write_text("\n".join(lines) + "\n")
-    tree, table = (scores.read_reference(tmp_path / name) for name in ("results", "authors.csv"))
+    (tree, _), (table, problem) = (scores.read_reference(tmp_path / name) for name in ("results", "authors.csv"))
+    assert problem == ""
     pd.testing.assert_frame_equal(tree, table)
     assert table["agent"].unique().tolist() == ["BRC* (authors)"]
     assert table["score"].iloc[1] == pytest.approx((500 - 10.768) / (750 - 10.768))
@@ -546,7 +665,7 @@ def test_published_curves_in_three_layouts(finished, tmp_path, capsys):
         lines += [f"sac,return,{task},{seed},{step},{step / 1000 + seed}" for seed in (1, 2) for step in (0, 500_000)]
     lines += ["half,return,dmc/cartpole-balance,1,500000,900"]
     (tmp_path / "baselines.csv").write_text("\n".join(lines) + "\n")
-    reference = scores.read_reference(tmp_path / "baselines.csv")
+    reference, _ = scores.read_reference(tmp_path / "baselines.csv")
     assert reference[reference["task"] == "metaworld/reach"]["value"].tolist() == [1]
     options = {"runs": finished, "out": tmp_path / "plots", "reference": (tmp_path / "baselines.csv",)}
     assert draw("figure1", "figure4", "figure16", "figure17", **options) == 0
@@ -625,6 +744,23 @@ def test_readme_says_what_the_results_say(name):
     page = (ROOT / "README.md").read_text().splitlines()
     rows = [readme_tables.row_text(cells) for cells in readme_tables.TABLES[name]()]
     assert rows and [row for row in rows if row not in page] == []
+
+
+def test_readmes_means_are_taken_at_equal_steps(tmp_path):
+    """A run that ended early, or whose value is not finite, is no mean of what is left."""
+    rows = [
+        "0,0,1.0,dmc/a-b,1,5,,0.1",
+        "10,0,1.0,dmc/a-b,1,6,,0.2",
+        "0,0,1.0,dmc/c-d,1,7,,0.3",
+        "10,0,1.0,dmc/c-d,1,nan,,",
+    ]
+    (tmp_path / "eval.csv").write_text("\n".join([",".join(scores.EVAL_COLUMNS), *rows, ""]))
+    (tmp_path / "args.json").write_text('{"total_timesteps": 20}')
+    assert readme_tables.mean_of(tmp_path, "return", [0]) == 6
+    assert readme_tables.mean_of(tmp_path, "return", [0, 10], "a-b") == 5.5
+    for steps, task in (([10], ""), ([0, 20], "a-b"), (None, "")):
+        with pytest.raises(ValueError, match="no finite return of every task at steps"):
+            readme_tables.mean_of(tmp_path, "return", steps, task)
 
 
 def test_keep_copies_what_plots_need(tmp_path, capsys):

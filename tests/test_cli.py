@@ -1009,6 +1009,7 @@ def test_non_finite_loss_stops_the_run(name, tmp_path):
               "--checkpoint-every", 50, "--run-root", tmp_path, "--run-name", "run")  # fmt: skip
     assert f"{run_dir}/checkpoints/150" in str(error.value)
     assert brc.checkpoint_steps(run_dir) == [150, 100]
+    assert json.loads((run_dir / "args.json").read_text())["diverged_at"] == 176
     state, replay, found = restored(run_dir)
     assert np.isfinite(found["max_return"]).all() and np.isfinite(replay.slots["reward"]).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

@@ -343,6 +343,20 @@ def test_goal_environments_show_observation_and_desired_goal_only():
     assert observation.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_franka_kitchen(environments):
+    """Goals in a Dict of a Dict: 59 observations and the 17 numbers of the desired goal, by the names of its parts."""
+    pytest.importorskip("gymnasium_robotics", reason="pip install gymnasium-robotics")
+    task = "gym/gymnasium_robotics:FrankaKitchen-v1"
+    env = brc.make_env(task)
+    observation, _ = env.reset(seed=0)
+    goal = env.unwrapped.goal
+    assert env.action_space.shape == (9,) and env.spec.max_episode_steps == 280
+    np.testing.assert_array_equal(observation[59:], np.concatenate([goal[key] for key in sorted(goal)]).astype("f4"))
+    envs = environments([task])
+    assert envs.reset().shape == (1, 76)
+    assert step(envs).valid.all() and step(envs).observations.shape == (1, 76)
+
+
 # ------------------------------------------------------------------------------------------------------ metaworld
 
 FIXED_GOALS = ("bin-picking", "sweep-into", "hammer")  # in Meta-World itself; their objects move
@@ -643,6 +657,8 @@ def test_unknown_gymnasium_ids(task):
         brc.ParallelEnvs([task], 1, 0, "auto")
     assert task.removeprefix("gym/").split("-")[0].split(":")[0] in str(error.value)
     assert "\n" not in str(error.value)
+    hint = "name the module that registers it, such as gym/gymnasium_robotics:NoSuchTask-v0"
+    assert (hint in str(error.value)) == (task == "gym/NoSuchTask-v0")
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,10 @@ def test_user_errors(tmp_path, monkeypatch, capfd):
         (["--dataset", data, "--env-ids", "dmc/walker-wlak"], "dmc/walker-wlak"),
         (["--dataset", data, "--env-ids", POINTS[1]], "has no data of"),
         (["--dataset", tmp_path / "nowhere"], "--env-ids"),
-        (["--dataset", tmp_path / "nowhere", "--env-ids", POINTS[0]], "cannot read Minari data set"),
+        (
+            ["--dataset", tmp_path / "nowhere", "--env-ids", POINTS[0]],
+            f"--dataset {tmp_path}/nowhere: no folder with .npy",
+        ),
         (["--dataset", data, "--bc-coef", "-1"], "--bc-coef"),
         (["--resume", tmp_path / "nowhere"], "no run of this script"),
     ):

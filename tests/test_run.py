@@ -3,6 +3,7 @@
 import csv
 import errno
 import glob
+import json
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_files import error_line
 from tensorboardX.proto.event_pb2 import Event
 
 import brc_sac_continuous as brc
@@ -120,6 +122,14 @@ def test_no_device_is_one_line(run):
     result = run("--env-ids", "gym/Pendulum-v1", JAX_PLATFORMS="cuda")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: JAX has no device (JAX_PLATFORMS=cuda)")
+
+
+def test_a_path_too_long_for_sockets_is_one_line(run, tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    result = run("--env-ids", "gym/Pendulum-v1", "--run-root", tmp_path / "runs", TMPDIR=str(folder))
+    assert result.returncode == 2 and "set TMPDIR to a short path" in error_line(result.stderr)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("words", ["--env-ids a --env-ids b", "--env-ids=a --env_ids b"])
@@ -320,6 +330,24 @@ def test_a_finished_run_is_refused_before_anything_is_made(tmp_path):
         brc.Run(brc.Args(resume=str(run.directory)), "", 20)
     with brc.Run(brc.Args(resume=str(run.directory)), "", 30):
         pass
+
+
+def test_a_run_that_diverged_says_so_to_those_who_compare_runs(tmp_path):
+    """In args.json, until it goes on; what ends before it begins, or otherwise, did not diverge."""
+    saved = lambda: json.loads((tmp_path / "run/args.json").read_text())  # noqa: E731
+    with pytest.raises(brc.UserError, match="not finite at step 30"), new_run(tmp_path, run_name="run") as run:
+        run.start()
+        run.step = 30
+        raise FloatingPointError("losses/critic")
+    assert saved()["diverged_at"] == 30 and saved()["run_name"] == "run"
+    with pytest.raises(brc.UserError, match="failed"), new_run(tmp_path, resume=str(tmp_path / "run")) as run:
+        run.start()
+        assert "diverged_at" not in saved()
+        raise brc.WorkerFailure("failed")
+    assert "diverged_at" not in saved()
+    with pytest.raises(brc.UserError, match="not finite"), new_run(tmp_path):
+        raise FloatingPointError("a reward")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_finite_checkpoints_only(tmp_path):

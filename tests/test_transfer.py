@@ -72,7 +72,11 @@ def points(tmp_path_factory) -> Path:
 
 
 def loaded(run_dir: Path, **arguments) -> brc.Pretrained:
-    return brc.load_pretrained(brc.Args(pretrained=str(run_dir), **arguments))
+    return load(brc.Args(pretrained=str(run_dir), **arguments))
+
+
+def load(args: brc.Args) -> brc.Pretrained:
+    return brc.load_pretrained(args, brc.read_arguments(args))
 
 
 def agent_of(pretrained: brc.Pretrained, *action_dims: int, use_embedding: bool = True) -> brc.Agent:
@@ -164,7 +168,7 @@ def test_model_learns_from_the_new_task_alone(counters, tmp_path):
     run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN)
     assert [row["step"] for row in curve(run_dir)] == ["0", "20", "40"]
     args = brc.parse_args(["--resume", str(run_dir)])
-    pretrained = brc.load_pretrained(args)
+    pretrained = load(args)
     replay = brc.Replay(1, 1040, 6, 2)
     blank = agent_of(pretrained, 1).init(0)
     state, saved = brc.load_checkpoint(run_dir, blank, replay)
@@ -259,11 +263,21 @@ def test_half_of_a_batch_is_prior_data(counters):
             assert (row[3:] == (7 if task == 1 else 0)).all(), "a transition of the other task"
 
 
+def test_rows_of_prior_data():
+    """A fixed share; or, with None, as often as all transitions drawn alike would give one, also where the new task has
+    less than half a row of a batch: a rounded share would never learn it."""
+    rng, alike = np.random.default_rng(0), brc.Args(prior_fraction=None, batch_size=1024)
+    assert brc.prior_rows(brc.Args(prior_fraction=0.25, batch_size=16), rng, 10**6, 1) == 4
+    rows = np.array([brc.prior_rows(alike, rng, 50_000_000, 5_000) for _ in range(20_000)])
+    share = 5_000 / 50_005_000
+    assert (1024 - rows).mean() == pytest.approx(1024 * share, rel=0.1) and rows.max() == 1024
+
+
 def test_each_task_keeps_its_own_scale_and_embedding(counters, tmp_path):
     """Data transfer: G_i of pretraining for its tasks, the new task's own; three embeddings in one fresh critic."""
     run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "data")
     args = brc.parse_args(["--resume", str(run_dir)])
-    pretrained = brc.load_pretrained(args)
+    pretrained = load(args)
     blank = agent_of(pretrained, 1, 2, 1).init(0)
     state, saved = brc.load_checkpoint(run_dir, blank, brc.Replay(1, 1040, 6, 2))
     assert state.critic["embedding"]["params"]["embedding"].shape == (3, 32)
@@ -279,9 +293,9 @@ def test_each_task_keeps_its_own_scale_and_embedding(counters, tmp_path):
 def adapted(run_dir: Path, *arguments):
     """Explores and tunes on the first new task as the script does; returns (before, after, transitions used)."""
     args = brc.parse_args(["--pretrained", str(run_dir), "--protocol", "embedding", *map(str, arguments)])
-    pretrained = brc.load_pretrained(args)
+    pretrained = load(args)
     before = jax.tree.map(np.array, pretrained.state)
-    envs, counted = brc.target_envs(args, args.env_ids[0], pretrained, 1, 0, brc.EnvWorkers(1)), []
+    envs, counted = brc.target_envs(args, args.env_ids[0], pretrained.info, 1, 0, brc.EnvWorkers(1)), []
     try:
         agent = agent_of(pretrained, envs.action_dims[0])
         replay = brc.Replay(1, 2 * args.adaptation_transitions + 100, 6, 2)
@@ -489,6 +503,7 @@ def edited(counters: Path, tmp_path: Path, **arguments) -> Path:
     ("arguments", "message"),
     [
         ({"script": "brc_offline_bc"}, "that run was made by brc_offline_bc, not by brc_sac_continuous"),
+        ({"script": "brc_drq_atari", "env_info": {}}, "that run was made by brc_drq_atari, not by brc_sac_continuous"),
         ({"task_names": [COUNTERS[0]]}, f"that run has one task, {COUNTERS[0]}; transfer needs several"),
         (
             {"task_conditioning": "heads"},
@@ -497,7 +512,9 @@ def edited(counters: Path, tmp_path: Path, **arguments) -> Path:
     ],
 )
 def test_refuses_other_runs(counters, tmp_path, command_line, arguments, message):
-    status, stderr = command_line("--pretrained", edited(counters, tmp_path, **arguments), "--env-ids", SMALLER)
+    """Before any network is made: this one would not fit in memory."""
+    run_dir = edited(counters, tmp_path, **arguments, critic_width=1 << 20)
+    status, stderr = command_line("--pretrained", run_dir, "--env-ids", SMALLER)
     assert status == 2 and message in error_line(stderr)
 
 
@@ -538,19 +555,46 @@ def test_refuses_damaged_runs(counters, tmp_path, command_line):
         (["--env-ids", SMALLER, "--prior-fraction", "1.5"], "--prior-fraction 1.5: must be in [0, 1)"),
         (["--env-ids", SMALLER, "--adaptation-transitions", "0"], "--adaptation-transitions 0: must be in [1, inf)"),
         ([], "no tasks: give --env-ids"),
+        *(
+            (["--env-ids", SMALLER, "--protocol", protocol, *flags], f"{flags[0]} goes with --protocol {others}")
+            for protocol, flags, others in (
+                ("scratch", ("--embedding-init", "best"), "model, not scratch"),
+                ("data", ("--load-optimizer",), "model, not data"),
+                ("model", ("--prior-fraction", "None"), "data, not model"),
+                ("model", ("--embedding-lr", "0.1"), "embedding, not model"),
+                ("data", ("--adaptation-transitions", "50"), "embedding or model, not data"),
+                ("embedding", ("--batch-size", "64"), "model, data or scratch, not embedding"),
+                ("embedding", ("--total-timesteps", "50"), "model, data or scratch, not embedding"),
+            )
+        ),
+        (
+            ["--env-ids", SMALLER, "--adaptation-transitions", "50"],
+            "goes with --protocol embedding or --embedding-init",
+        ),
+        (
+            ["--env-ids", SMALLER, "--protocol", "data", "--prior-fraction", "0.0004"],
+            "none or all of --batch-size 1024",
+        ),
+        (["--env-ids", SMALLER, "--protocol", "data", "--batch-size", "1"], "none or all of --batch-size 1 rows"),
+        (["--env-ids", SMALLER, "--run-root", SCRIPT], "choose another --run-root"),
     ],
 )
 def test_bad_input_is_one_line(counters, command_line, tmp_path, arguments, message):
-    status, stderr = command_line("--pretrained", counters, *arguments, "--run-root", tmp_path)
+    """Before anything is loaded: the pretrained run's checkpoints are damaged, which would be another line."""
+    run_dir, root = edited(counters, tmp_path), tmp_path / "runs"
+    for path in (run_dir / "checkpoints").glob("*/checkpoint.json"):
+        path.write_text("{")
+    status, stderr = command_line("--run-root", root, "--pretrained", run_dir, *arguments)
     assert status == 2 and message in error_line(stderr)
-    assert not list(tmp_path.iterdir())
+    assert not root.exists()
 
 
-def test_no_pretrained_run(command_line):
+def test_no_pretrained_run(command_line, tmp_path):
     status, stderr = command_line("--env-ids", SMALLER)
     assert status == 2 and "no pretrained agent: give --pretrained" in error_line(stderr)
-    status, stderr = command_line("--pretrained", "runs/nowhere", "--env-ids", SMALLER)
-    assert status == 2 and "--pretrained runs/nowhere: no run of brc_sac_continuous.py there" in error_line(stderr)
+    for path in ("runs/nowhere", tmp_path, SCRIPT):  # an empty directory, a file
+        status, stderr = command_line("--pretrained", path, "--env-ids", SMALLER)
+        assert status == 2 and f"--pretrained {path}: no run of brc_sac_continuous.py there" in error_line(stderr)
 
 
 def test_resume_refuses_what_is_finished_or_changed(counters, tmp_path, command_line):
