@@ -612,6 +612,37 @@ def test_resume_continues_normalizer_replay_and_counters(tmp_path):
     assert replay_after.slots["observation"][0, 151, :2].tolist() == [0, 0], "a first observation follows"
 
 
+def test_batches_are_drawn_a_step_ahead_and_again_after_resume(tmp_path, monkeypatch):
+    """The batches of step t + 1 are drawn before the transition of step t is there, and from the saved generator."""
+    draws, updates, sample, make_agent = [], [], brc.Replay.sample, brc.make_agent
+
+    def recording(replay, rng, utd, batch_size):
+        draws.append((replay.inserted, rng.bit_generator.state, sample(replay, rng, utd, batch_size)))
+        return draws[-1][2]
+
+    def make_recording_agent(*args):
+        agent = make_agent(*args)
+
+        def update(state, batches, max_return):
+            updates.append(jax.tree.map(np.asarray, batches))
+            return agent.update(state, batches, max_return)
+
+        return agent._replace(update=update)
+
+    monkeypatch.setattr(brc.Replay, "sample", recording)
+    monkeypatch.setattr(brc, "make_agent", make_recording_agent)
+    arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, "--learning-starts", 30, "--eval-every", 1000]
+    train(*arguments, "--total-timesteps", 40, "--run-root", tmp_path, "--run-name", "run")
+    assert [inserted for inserted, *_ in draws] == [30, *range(30, 40)], "the first twice: now, and for the next step"
+    for used, (_, _, drawn) in zip(updates, draws[:-1], strict=True):
+        assert_same(used, drawn)
+    saved = counters(tmp_path / "run", 40)["rng"]
+    assert saved == draws[-1][1]
+    draws.clear()
+    train("--resume", tmp_path / "run", "--total-timesteps", 42)
+    assert draws[0][1] == saved, "the batch that no update has seen is drawn again"
+
+
 def test_kill_then_terminate_then_finish(environment, run, tmp_path):
     """kill -9 after a checkpoint, resume; SIGTERM, resume; the run ends as if nothing had happened."""
     run_dir, log = tmp_path / "run", tmp_path / "log"

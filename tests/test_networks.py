@@ -287,3 +287,33 @@ def test_initialization_at_width_512_on_2_cores_ends():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 2e6
+
+
+@pytest.mark.parametrize("arch", ["bronet", "simba", "mlp"])
+def test_bfloat16_is_close_to_float32(arch):
+    """Products inside the blocks are in it; parameters, what an update changes, targets and losses stay float32."""
+    rng, shape = np.random.default_rng(0), (2, 256)
+    batches = brc.Batch(
+        *(rng.normal(size=(*shape, size)).astype(np.float32) for size in (17, 6)),
+        rng.normal(size=shape).astype(np.float32), np.zeros(shape, np.float32),
+        rng.normal(size=(*shape, 17)).astype(np.float32), rng.integers(3, size=shape, dtype=np.int32),
+    )  # fmt: skip
+    batch, max_return = jax.tree.map(lambda x: x[0], batches), np.full(3, 50, np.float32)
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        args = brc.Args(critic_arch=arch, critic_width=64, actor_width=32, batch_size=256, dtype=dtype)
+        agent = brc.make_agent(args, 3, 17, 6)
+        state = agent.init(0)
+        target, _ = agent.critic_target(state, batch, max_return, jax.random.PRNGKey(1))
+        loss, gradient = jax.value_and_grad(agent.critic_loss)(state.critic, state, batch, target)
+        text = str(jax.make_jaxpr(agent.critic_loss)(state.critic, state, batch, target))
+        assert ("bf16" in text) == (dtype == "bfloat16")
+        updated, metrics = agent.update(state, batches, max_return)
+        floats = [leaf for leaf in jax.tree.leaves((updated, metrics, target, gradient)) if leaf.dtype.kind in "fV"]
+        assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+        results[dtype] = target, loss, jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
+    (target, loss, gradient), (rough_target, rough_loss, rough_gradient) = results["float32"], results["bfloat16"]
+    assert 0 < np.abs(rough_target - target).max() < 0.02
+    assert 0 < abs(rough_loss - loss) < 0.003 * loss
+    cosine = jnp.vdot(gradient, rough_gradient) / jnp.linalg.norm(gradient) / jnp.linalg.norm(rough_gradient)
+    assert 0.999 < cosine < 1 and abs(jnp.linalg.norm(rough_gradient) / jnp.linalg.norm(gradient) - 1) < 0.02
