@@ -1935,15 +1935,15 @@ class Run:
                 self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+        if isinstance(error, FloatingPointError) and self.bar is not None:  # for those who compare runs: see scores.py
+            text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
+            with contextlib.suppress(OSError):
+                replace_file(self.directory / "args.json", text)
         if self.lock is not None:
             os.close(self.lock)
         with contextlib.suppress(OSError):
             for path in self.created:
                 path.rmdir()  # where nothing was written
-        if isinstance(error, FloatingPointError) and self.bar is not None:  # for those who compare runs: see scores.py
-            text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
-            with contextlib.suppress(OSError):
-                replace_file(self.directory / "args.json", text)
         if isinstance(error, (FloatingPointError, WorkerFailure)):
             good = [f"{self.directory}/checkpoints/{step}" for step in checkpoint_steps(self.directory)[:1]]
             last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
