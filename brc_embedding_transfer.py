@@ -2,7 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "orbax-checkpoint==0.12.8", "numpy==2.4.6", "tyro==1.0.17",
-#   "gymnasium==1.4.0", "envpool==1.2.5", "mujoco==3.2.0", "dm_control==1.0.21.post1", "metaworld==3.0.0",
+#   "gymnasium==1.4.0", "envpool==1.2.5", "metaworld==3.0.0",
+#   "mujoco==3.2.0; python_version < '3.13'", "mujoco==3.8.1; python_version >= '3.13'",
+#   "dm_control==1.0.21.post1; python_version < '3.13'",
 #   "tensorboardX==2.6.5", "wandb==0.31.0", "tqdm==4.70.1", "imageio[ffmpeg]==2.38.1", "matplotlib==3.11.2",
 # ]
 # ///
@@ -1260,11 +1262,17 @@ FAMILIES = {
 INSTALL = {  # what a family needs besides requirements.txt, or without it
     "dmc": "pip install dm_control==1.0.21.post1 mujoco==3.2.0",
     "metaworld": "pip install metaworld==3.0.0 mujoco==3.2.0",
-    "humanoidbench": "pip install torch && pip install --no-deps -e "
-    "git+https://github.com/carlosferrazza/humanoid-bench#egg=humanoid_bench",
-    "shadowhand": "pip install gymnasium-robotics && git clone "
-    "https://github.com/naumix/BiggerRegularizedCategorical && export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
+    "humanoidbench": "pip install torch --index-url https://download.pytorch.org/whl/cpu && pip install --no-deps -e "
+    "git+https://github.com/carlosferrazza/humanoid-bench@791405f5eacf879adbc99105adb3fee73f5a49fc#egg=humanoid_bench",
+    "shadowhand": "pip install gymnasium-robotics && "
+    "git clone https://github.com/naumix/BiggerRegularizedCategorical && "
+    "git -C BiggerRegularizedCategorical checkout -q eec512f4e060da63f8a114b91898c554a60ed66b && "
+    "export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
 }
+if sys.version_info >= (3, 13):  # for which labmaze, a dependency of every dm_control, has no wheel, nor has mujoco 3.2
+    INSTALL |= {"metaworld": "pip install metaworld==3.0.0 mujoco==3.8.1"} | dict.fromkeys(
+        ("dmc", "humanoidbench"), "Python 3.12, as dm_control has no wheels for newer ones: uv run --python 3.12 FILE"
+    )
 LOCOMOTION = "walk stand run stair crawl pole slide hurdle maze".split()
 HB_MANIPULATION = """sit-simple sit-hard balance-simple balance-hard reach spoon window insert-small insert-normal
 bookshelf-simple bookshelf-hard""".split()
@@ -1333,10 +1341,9 @@ def list_tasks() -> None:
     for family, tasks in FAMILIES.items():
         missing = [module for module in modules[family] if importlib.util.find_spec(module) is None]
         print(f"{family}/ ({len(tasks)} tasks){': missing ' + ', '.join(missing) if missing else ''}")
-        if missing and family == "shadowhand":
-            print(f"  {', '.join(SHADOWHAND_ENVPOOL)} run without; for the others: {INSTALL[family]}")
-        elif missing:
-            print(f"  {INSTALL[family]}")
+        if missing:
+            without = " ".join(task for task in tasks if steps_in_envpool(f"{family}/{task}", "auto"))
+            print(f"  {f'{without} run without; for the others: ' if without else ''}{INSTALL[family]}")
         print(f"  {' '.join(tasks)}")
     print("gym/ (any registered Gymnasium id, or module:Id-v0, with 1-D Box observations and actions)")
     print("suites:")
