@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 PAPER_TABLES = Path(__file__).resolve().parent / "paper"
-NOT_PART_OF_GROUP = ("seed", "run_name", "run_root", "resume", "versions", "device", "git_commit", "wandb_project")
+NOT_PART_OF_GROUP = "seed run_name run_root resume play versions device git_commit wandb_project".split()
 STATISTIC_COLUMNS = [f"{name}{end}" for name in scores.STATISTICS for end in ("", "_low", "_high")]
 
 
