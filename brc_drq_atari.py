@@ -1259,13 +1259,13 @@ class ParallelEnvs:
             lives[rows] = np.nan_to_num(results.reported)
         began, self.interrupted = (self.done & stepped) | restarted, bool(restarted.any())
         valid = stepped & ~began
+        rewards = np.where(valid, rewards, 0)  # a reset's is nothing, whatever the simulator says
         for row in np.flatnonzero(~np.isfinite(rewards)):
             raise FloatingPointError(f"reward of {self.tasks[self.task_ids[row]]}")
         life_lost = valid & (lives < self.lives)
         self.frames, self.lives = push_frames(self.frames, frames, first := life_lost | ~valid), lives
         step = Step(
-            self.frames, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, life_lost,
-            first, valid,
+            self.frames, rewards, terminated & valid, truncated & ~terminated & valid, life_lost, first, valid
         )  # fmt: skip
         self.done = np.where(stepped, step.done, self.done)
         self.episode_return = np.where(began, 0, self.episode_return) + step.rewards

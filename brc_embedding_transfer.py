@@ -2012,11 +2012,12 @@ class ParallelEnvs:
             success[rows], restarted[rows] = results.reported, results.restarted
         began, self.interrupted = (self.done & stepped) | restarted, bool(restarted.any())
         valid = stepped & ~began
+        rewards = np.where(valid, rewards, 0)  # of a reset envpool gives what happens to be in memory, also NaN
         finite = np.isfinite(rewards) & np.isfinite(observations).all(axis=1)
         if not finite.all():
             raise FloatingPointError(f"observation or reward of {self.tasks[self.task_ids[finite.argmin()]]}")
         step = Step(
-            observations, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, valid,
+            observations, rewards, terminated & valid, truncated & ~terminated & valid, valid,
             np.where(valid, success, np.nan),
         )  # fmt: skip
         self.done = np.where(stepped, step.done, self.done)

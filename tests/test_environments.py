@@ -787,6 +787,23 @@ def test_actions_go_to_the_rows_that_act(size):
     assert len(sizes) <= math.log2(size) + 1 and max(sizes) == size
 
 
+def test_reward_of_a_reset_is_nothing(monkeypatch):
+    """envpool leaves it uninitialized: now and then it is NaN, which ended runs."""
+
+    class Uninitialized(brc.WorkerEnv):
+        def step(self, action):
+            began = action is None or self.done
+            observation, reward, *rest = super().step(action)
+            return observation, math.nan if began else reward, *rest
+
+    monkeypatch.setattr(brc, "WorkerEnv", Uninitialized)
+    envs = local_envs(brc, gym_tasks("Truncates3"), (2,))
+    envs.reset()
+    rewards = [step(envs).rewards for _ in range(5)]
+    assert np.isfinite(rewards).all() and (rewards[3] == 0).all() and (np.delete(rewards, 3, axis=0) > 0).all()
+    assert envs.episode_return[0] == rewards[4][0]
+
+
 @pytest.mark.parametrize("backend", ["envpool", pytest.param("gymnasium", marks=pytest.mark.dm_control)])
 def test_a_row_that_rests_stays_where_it_is(backend, environments):
     """And the others do what they would have done."""
