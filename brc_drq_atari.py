@@ -34,6 +34,7 @@ normalization takes care of their scale. Returns of Eq. 2 end at a lost life, as
   python brc_drq_atari.py --env-ids atari/pong                              # one game
   python brc_drq_atari.py --env-ids atari/pong atari/boxing --encoder-channels 16 32 32
   python brc_drq_atari.py --resume runs/RUN                                 # continue a stopped run
+  python brc_drq_atari.py --play runs/RUN --capture-video                   # watch what it learned
 """
 
 import atexit
@@ -125,6 +126,8 @@ class Args:
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
     checkpoints and logging may be given anew"""
+    play: str | None = None
+    """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """envpool steps atari/ fastest; gymnasium (ale-py) is the reference and runs gym/ too"""
     env_workers: Annotated[int | None, "[1, inf)"] = None
@@ -1261,13 +1264,13 @@ class ParallelEnvs:
             lives[rows] = np.nan_to_num(results.reported)
         began, self.interrupted = (self.done & stepped) | restarted, bool(restarted.any())
         valid = stepped & ~began
+        rewards = np.where(valid, rewards, 0)  # a reset's is nothing, whatever the simulator says
         for row in np.flatnonzero(~np.isfinite(rewards)):
             raise FloatingPointError(f"reward of {self.tasks[self.task_ids[row]]}")
         life_lost = valid & (lives < self.lives)
         self.frames, self.lives = push_frames(self.frames, frames, first := life_lost | ~valid), lives
         step = Step(
-            self.frames, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, life_lost,
-            first, valid,
+            self.frames, rewards, terminated & valid, truncated & ~terminated & valid, life_lost, first, valid
         )  # fmt: skip
         self.done = np.where(stepped, step.done, self.done)
         self.episode_return = np.where(began, 0, self.episode_return) + step.rewards
@@ -1374,6 +1377,7 @@ def record_video(act: Callable, task: str, task_id: int, path: Path, stop: list)
 
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
 LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
+PLAYABLE = {"play", "eval_episodes", "capture_video", "env_backend", "env_workers", "env_timeout", "pretrained"}
 
 
 class UserError(Exception):
@@ -1381,7 +1385,8 @@ class UserError(Exception):
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
+    """Arguments of the command line; with --resume and --play those of the saved run, overridden by the command
+    line's."""
     words = [word.partition("=")[0].replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
     flags = [word.replace("--no-", "--", 1) for word in words if word.startswith("--")]
     lists = {"--" + field.name.replace("_", "-") for field in fields(Args) if "tuple" in str(field.type)}
@@ -1390,23 +1395,32 @@ def parse_args(argv: list[str] | None = None) -> Args:
             raise UserError(f"{flag} is given twice: its values follow one flag, as in {flag} A B")
         print(f"warning: {flag} is given twice; the last one counts", file=sys.stderr)
     args = tyro.cli(Args, args=argv)
-    if not args.resume:
+    if args.resume and args.play:
+        raise UserError("--resume and --play exclude each other: give one of them")
+    if not (args.resume or args.play):
         released = getattr(args, "variant", "paper") == "released-code"
         return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
-    path = Path(args.resume) / "args.json"
+    asked = f"--play {args.play}" if args.play else f"--resume {args.resume}"
+    path = Path(args.play or args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
         if saved.get("script", SCRIPT) != SCRIPT:
-            raise UserError(f"--resume {args.resume}: that run was made by {saved['script']}, not by this script")
+            raise UserError(f"{asked}: that run was made by {saved['script']}, not by this script")
+        if args.play:  # the tasks by name, and nothing that writes
+            saved |= {"env_ids": saved["env_info"]["task_names"], "suite": None, "resume": None}
+            saved |= dict.fromkeys(("save_replay", "capture_video", "log_task_statistics", "track", "heatmap"), False)
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         known = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}  # older runs lack some
         default = Args(**{**known, "env_ids": tuple(saved["env_ids"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume {args.resume}: no run of this script there ({path}: {error})") from error
+        raise UserError(f"{asked}: no run of this script there ({path}: {error})") from error
     args = tyro.cli(Args, args=argv, default=default)
-    changed = [k for k, v in asdict(args).items() if v != getattr(default, k) and k not in RESUMABLE]
+    free = PLAYABLE if args.play else RESUMABLE
+    changed = [k for k, v in asdict(args).items() if v != getattr(default, k) and k not in free]
     if changed:
         names = ", ".join("--" + name.replace("_", "-") for name in changed)
+        if args.play:
+            raise UserError(f"--play takes the run's own arguments, not {names}; --eval-episodes may be given")
         raise UserError(f"a resumed run cannot change {names}; start a new run instead")
     return check_ranges(args)
 
@@ -1447,6 +1461,9 @@ class Run:
 
     step, updates: vector steps (offline: batches) and gradient steps done so far. stop: filled by the first Ctrl-C or
     SIGTERM, upon which the run writes a checkpoint and ends; a second signal ends the process at once.
+
+    With --play it is the end of a run of which only one evaluation is left: nothing is owned, logged or written but
+    videos, and the run may still be going on in another process.
     """
 
     def __init__(self, args: Args, name: str, total: int, unit: str = "step", experiment: str = ""):
@@ -1462,7 +1479,10 @@ class Run:
         except (RuntimeError, AssertionError) as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
             raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
-        self.directory = Path(args.resume or Path(args.run_root) / name)
+        self.directory, self.created, self.lock = Path(args.resume or Path(args.run_root) / name), [], None
+        if args.play:
+            self.directory = Path(args.play)
+            return
         if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
             go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
             raise UserError(f"{self.directory} holds a run: {go_on}")
@@ -1523,13 +1543,17 @@ class Run:
         return np.random.SeedSequence([self.args.seed, resumed_at]).generate_state(2).tolist()
 
     def restore(self, state, replay=None) -> tuple[Any, dict | None]:
-        """With --resume the learner and counters of the newest undamaged checkpoint, and fills `replay`; else the given
-        state and None."""
-        if not self.args.resume:
+        """With --resume and --play learner and counters of the newest undamaged checkpoint, else the given state and
+        None. --resume fills `replay`."""
+        if not (self.args.resume or self.args.play):
             return state, None
-        state, counters = load_checkpoint(self.directory, state, replay)
-        self.refuse_finished(counters)
+        state, counters = load_checkpoint(self.directory, state, None if self.args.play else replay, self.args.play)
         self.step, self.updates, self.seconds = counters["step"], counters["updates"], counters["wall_time"]
+        if self.args.play:
+            self.total = self.step
+            print(f"playing {self.directory}, step {self.step:,}")
+            return state, counters
+        self.refuse_finished(counters)
         self.last_evaluation = counters["last_evaluation"]
         print(f"resumed {self.directory} at step {self.step:,}")
         return state, counters
@@ -1543,6 +1567,9 @@ class Run:
     def start(self, **information) -> None:
         """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
         What the curves hold beyond the checkpoint that a run resumes from is dropped, and that it diverged there."""
+        if self.args.play:
+            self.bar, self.started = tqdm(disable=True), time.monotonic()
+            return
         names = ("args.json", "eval.csv", "events.*", "statistics", "videos")
         found = [path for name in names for path in self.directory.glob(name) if not self.args.resume]
         if found:  # of a run of the same name that left no checkpoint
@@ -1614,7 +1641,7 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         due = self.step % self.args.checkpoint_every == 0 or self.over() or time.monotonic() >= self.save_at
-        return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
+        return due and self.step > 0 and not self.args.play and (self.step, self.last_evaluation) != self.saved
 
     def environment_failed(self, reason: str) -> None:
         """Says so; a checkpoint of the healthy learner is due at once."""
@@ -1671,6 +1698,8 @@ class Run:
         self.last_evaluation, self.cut = self.step, 0
         counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.monotonic() - self.started, 2)}
         self.rows, values = [{**counts, **row} for row in rows], {}
+        if self.args.play:
+            return True
         self.curve += self.rows
         self.write_curve()
         for column in ("return", "success", "score"):
@@ -1860,8 +1889,9 @@ def read_counters(path: Path) -> dict:
     return counters
 
 
-def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
-    """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
+def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple[Any, dict]:
+    """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file. Unless
+    read_only, damaged ones get another name."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
         path = run_dir / "checkpoints" / str(step)
@@ -1880,14 +1910,15 @@ def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
                 for slots, records in zip(replay.slots, saved, strict=True):
                     slots[numbers] = records
                 replay.inserted = inserted
-            for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
+            for damaged_path in () if read_only else damaged_paths:  # so that no later checkpoint builds on them
                 with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
                     damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
             damaged_paths.append(path)
-    raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
+    asked, way_out = ("play", "wait for one") if read_only else ("resume", "start a new run")
+    raise UserError(f"--{asked} {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; {way_out}")
 
 
 class Output:
@@ -1927,6 +1958,6 @@ if __name__ == "__main__":
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before the run listens to signals
-        print("interrupted while starting", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # before the run listens to signals, or in --play
+        print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # JAX may be compiling in threads of its own, which an orderly end would crash

@@ -2,8 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "orbax-checkpoint==0.12.8", "numpy==2.4.6", "scipy==1.17.1",
-#   "tyro==1.0.17", "gymnasium==1.4.0", "envpool==1.2.5", "mujoco==3.2.0", "dm_control==1.0.21.post1",
-#   "metaworld==3.0.0", "minari[hdf5,hf]==0.5.4", "tensorboardX==2.6.5", "wandb==0.31.0", "tqdm==4.70.1",
+#   "tyro==1.0.17", "gymnasium==1.4.0", "envpool==1.2.5", "metaworld==3.0.0",
+#   "mujoco==3.2.0; python_version < '3.13'", "mujoco==3.8.1; python_version >= '3.13'",
+#   "dm_control==1.0.21.post1; python_version < '3.13'",
+#   "minari[hdf5,hf]==0.5.4", "tensorboardX==2.6.5", "wandb==0.31.0", "tqdm==4.70.1",
 #   "imageio[ffmpeg]==2.38.1",
 # ]
 # ///
@@ -31,6 +33,7 @@ than memory: files are memory-mapped, nothing in them is executed.
   python brc_offline_bc.py --dataset runs/walker/replay --total-updates 100000               # learn from it alone
   python brc_offline_bc.py --dataset D4RL/pen/human-v2 --env-ids gym/AdroitHandPen-v1        # a Minari data set
   python brc_offline_bc.py --resume runs/RUN                                                 # continue a stopped run
+  python brc_offline_bc.py --play runs/RUN --capture-video                                   # watch what it learned
 """
 
 import atexit
@@ -114,6 +117,8 @@ class Args:
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
     checkpoints and logging may be given anew"""
+    play: str | None = None
+    """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
     """what evaluation steps: envpool is fastest; gymnasium is the reference and runs every family"""
     env_workers: Annotated[int | None, "[1, inf)"] = None
@@ -771,12 +776,18 @@ def check_same_data(run_dir: Path, **found: dict[str, float]) -> None:
 
 def main(args: Args) -> None:
     """Trains one agent on the data of `args`; everything it writes is in its run directory."""
-    tasks = dataset_tasks(args)
+    tasks = list(args.env_ids) if args.play else dataset_tasks(args)  # --play needs no data
     with Run(args, tasks[0], args.total_updates, unit="update") as run:
         workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
         copies = eval_copies(len(tasks), args.eval_episodes)
         eval_envs = ParallelEnvs(tasks, copies, args.seed, args.env_backend, workers)
-        data = Dataset(tasks, data_files(args, tasks, run.directory), eval_envs, args.last_transitions, args.discount)
+        data, about_data = None, {}
+        if not args.play:
+            files = data_files(args, tasks, run.directory)
+            data = Dataset(tasks, files, eval_envs, args.last_transitions, args.discount)
+            counts = map(len, data.starts)
+            about_data["data_transitions"] = dict(zip(tasks, counts, strict=True))
+            about_data["data_mean_return"] = dict(zip(tasks, data.mean_return, strict=True))
         sizes = eval_envs.observation_dim, eval_envs.action_dim
         agent = make_agent(args, len(tasks), *sizes, eval_envs.action_dims)
         rng = np.random.default_rng(args.seed)
@@ -786,17 +797,15 @@ def main(args: Args) -> None:
         print(f"tasks: {len(tasks)}, |S| = {sizes[0]}, |A| = {sizes[1]}; parameters: "
               f"{parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
               f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
-        for task, starts, mean_return in zip(tasks, data.starts, data.mean_return, strict=True):
+        for task, starts, mean_return in zip(tasks, data.starts, data.mean_return, strict=True) if data else ():
             print(f"data: {task} {len(starts):,} transitions, mean return {mean_return:.1f}")
-        mean_return = dict(zip(tasks, data.mean_return, strict=True))
-        transitions = {task: len(starts) for task, starts in zip(tasks, data.starts, strict=True)}
         if args.resume:
-            check_same_data(Path(args.resume), data_transitions=transitions, data_mean_return=mean_return)
-        run.start(env_info=eval_envs.information(), data_transitions=transitions, data_mean_return=mean_return)
+            check_same_data(Path(args.resume), **about_data)
+        run.start(env_info=eval_envs.information(), **about_data)
         if args.total_updates == 0:
             return eval_envs.close()
         rng_state = rng.bit_generator.state
-        batch = data.sample(rng, args.batch_size)
+        batch = data and data.sample(rng, args.batch_size)
 
         while True:
             if run.evaluation_due():
@@ -878,11 +887,17 @@ FAMILIES = {
 INSTALL = {  # what a family needs besides requirements.txt, or without it
     "dmc": "pip install dm_control==1.0.21.post1 mujoco==3.2.0",
     "metaworld": "pip install metaworld==3.0.0 mujoco==3.2.0",
-    "humanoidbench": "pip install torch && pip install --no-deps -e "
-    "git+https://github.com/carlosferrazza/humanoid-bench#egg=humanoid_bench",
-    "shadowhand": "pip install gymnasium-robotics && git clone "
-    "https://github.com/naumix/BiggerRegularizedCategorical && export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
+    "humanoidbench": "pip install torch --index-url https://download.pytorch.org/whl/cpu && pip install --no-deps -e "
+    "git+https://github.com/carlosferrazza/humanoid-bench@791405f5eacf879adbc99105adb3fee73f5a49fc#egg=humanoid_bench",
+    "shadowhand": "pip install gymnasium-robotics && "
+    "git clone https://github.com/naumix/BiggerRegularizedCategorical && "
+    "git -C BiggerRegularizedCategorical checkout -q eec512f4e060da63f8a114b91898c554a60ed66b && "
+    "export PYTHONPATH=$PWD/BiggerRegularizedCategorical",
 }
+if sys.version_info >= (3, 13):  # for which labmaze, a dependency of every dm_control, has no wheel, nor has mujoco 3.2
+    INSTALL |= {"metaworld": "pip install metaworld==3.0.0 mujoco==3.8.1"} | dict.fromkeys(
+        ("dmc", "humanoidbench"), "Python 3.12, as dm_control has no wheels for newer ones: uv run --python 3.12 FILE"
+    )
 LOCOMOTION = "walk stand run stair crawl pole slide hurdle maze".split()
 HB_MANIPULATION = """sit-simple sit-hard balance-simple balance-hard reach spoon window insert-small insert-normal
 bookshelf-simple bookshelf-hard""".split()
@@ -951,10 +966,9 @@ def list_tasks() -> None:
     for family, tasks in FAMILIES.items():
         missing = [module for module in modules[family] if importlib.util.find_spec(module) is None]
         print(f"{family}/ ({len(tasks)} tasks){': missing ' + ', '.join(missing) if missing else ''}")
-        if missing and family == "shadowhand":
-            print(f"  {', '.join(SHADOWHAND_ENVPOOL)} run without; for the others: {INSTALL[family]}")
-        elif missing:
-            print(f"  {INSTALL[family]}")
+        if missing:
+            without = " ".join(task for task in tasks if steps_in_envpool(f"{family}/{task}", "auto"))
+            print(f"  {f'{without} run without; for the others: ' if without else ''}{INSTALL[family]}")
         print(f"  {' '.join(tasks)}")
     print("gym/ (any registered Gymnasium id, or module:Id-v0; flat Box or Dict observations, 1-D Box actions)")
     print("suites:")
@@ -1613,11 +1627,12 @@ class ParallelEnvs:
             success[rows], restarted[rows] = results.reported, results.restarted
         began, self.interrupted = (self.done & stepped) | restarted, bool(restarted.any())
         valid = stepped & ~began
+        rewards = np.where(valid, rewards, 0)  # of a reset envpool gives what happens to be in memory, also NaN
         finite = np.isfinite(rewards) & np.isfinite(observations).all(axis=1)
         if not finite.all():
             raise FloatingPointError(f"observation or reward of {self.tasks[self.task_ids[finite.argmin()]]}")
         step = Step(
-            observations, np.where(valid, rewards, 0), terminated & valid, truncated & ~terminated & valid, valid,
+            observations, rewards, terminated & valid, truncated & ~terminated & valid, valid,
             np.where(valid, success, np.nan),
         )  # fmt: skip
         self.done = np.where(stepped, step.done, self.done)
@@ -1750,6 +1765,7 @@ def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int,
 
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
 LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
+PLAYABLE = {"play", "eval_episodes", "capture_video", "env_backend", "env_workers", "env_timeout", "pretrained"}
 
 
 class UserError(Exception):
@@ -1757,7 +1773,8 @@ class UserError(Exception):
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Arguments of the command line; with --resume, those of the saved run, overridden by the command line's."""
+    """Arguments of the command line; with --resume and --play those of the saved run, overridden by the command
+    line's."""
     words = [word.partition("=")[0].replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
     flags = [word.replace("--no-", "--", 1) for word in words if word.startswith("--")]
     lists = {"--" + field.name.replace("_", "-") for field in fields(Args) if "tuple" in str(field.type)}
@@ -1766,23 +1783,32 @@ def parse_args(argv: list[str] | None = None) -> Args:
             raise UserError(f"{flag} is given twice: its values follow one flag, as in {flag} A B")
         print(f"warning: {flag} is given twice; the last one counts", file=sys.stderr)
     args = tyro.cli(Args, args=argv)
-    if not args.resume:
+    if args.resume and args.play:
+        raise UserError("--resume and --play exclude each other: give one of them")
+    if not (args.resume or args.play):
         released = getattr(args, "variant", "paper") == "released-code"
         return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
-    path = Path(args.resume) / "args.json"
+    asked = f"--play {args.play}" if args.play else f"--resume {args.resume}"
+    path = Path(args.play or args.resume) / "args.json"
     try:
         saved = json.loads(path.read_text())
         if saved.get("script", SCRIPT) != SCRIPT:
-            raise UserError(f"--resume {args.resume}: that run was made by {saved['script']}, not by this script")
+            raise UserError(f"{asked}: that run was made by {saved['script']}, not by this script")
+        if args.play:  # the tasks by name, and nothing that writes
+            saved |= {"env_ids": saved["env_info"]["task_names"], "suite": None, "resume": None}
+            saved |= dict.fromkeys(("save_replay", "capture_video", "log_task_statistics", "track", "heatmap"), False)
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         known = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}  # older runs lack some
         default = Args(**{**known, "env_ids": tuple(saved["env_ids"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume {args.resume}: no run of this script there ({path}: {error})") from error
+        raise UserError(f"{asked}: no run of this script there ({path}: {error})") from error
     args = tyro.cli(Args, args=argv, default=default)
-    changed = [k for k, v in asdict(args).items() if v != getattr(default, k) and k not in RESUMABLE]
+    free = PLAYABLE if args.play else RESUMABLE
+    changed = [k for k, v in asdict(args).items() if v != getattr(default, k) and k not in free]
     if changed:
         names = ", ".join("--" + name.replace("_", "-") for name in changed)
+        if args.play:
+            raise UserError(f"--play takes the run's own arguments, not {names}; --eval-episodes may be given")
         raise UserError(f"a resumed run cannot change {names}; start a new run instead")
     return check_ranges(args)
 
@@ -1823,6 +1849,9 @@ class Run:
 
     step, updates: vector steps (offline: batches) and gradient steps done so far. stop: filled by the first Ctrl-C or
     SIGTERM, upon which the run writes a checkpoint and ends; a second signal ends the process at once.
+
+    With --play it is the end of a run of which only one evaluation is left: nothing is owned, logged or written but
+    videos, and the run may still be going on in another process.
     """
 
     def __init__(self, args: Args, name: str, total: int, unit: str = "step", experiment: str = ""):
@@ -1838,7 +1867,10 @@ class Run:
         except (RuntimeError, AssertionError) as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
             raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
-        self.directory = Path(args.resume or Path(args.run_root) / name)
+        self.directory, self.created, self.lock = Path(args.resume or Path(args.run_root) / name), [], None
+        if args.play:
+            self.directory = Path(args.play)
+            return
         if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
             go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
             raise UserError(f"{self.directory} holds a run: {go_on}")
@@ -1899,13 +1931,17 @@ class Run:
         return np.random.SeedSequence([self.args.seed, resumed_at]).generate_state(2).tolist()
 
     def restore(self, state, replay=None) -> tuple[Any, dict | None]:
-        """With --resume the learner and counters of the newest undamaged checkpoint, and fills `replay`; else the given
-        state and None."""
-        if not self.args.resume:
+        """With --resume and --play learner and counters of the newest undamaged checkpoint, else the given state and
+        None. --resume fills `replay`."""
+        if not (self.args.resume or self.args.play):
             return state, None
-        state, counters = load_checkpoint(self.directory, state, replay)
-        self.refuse_finished(counters)
+        state, counters = load_checkpoint(self.directory, state, None if self.args.play else replay, self.args.play)
         self.step, self.updates, self.seconds = counters["step"], counters["updates"], counters["wall_time"]
+        if self.args.play:
+            self.total = self.step
+            print(f"playing {self.directory}, step {self.step:,}")
+            return state, counters
+        self.refuse_finished(counters)
         self.last_evaluation = counters["last_evaluation"]
         print(f"resumed {self.directory} at step {self.step:,}")
         return state, counters
@@ -1919,6 +1955,9 @@ class Run:
     def start(self, **information) -> None:
         """Writes args.json: arguments, versions and `information`. Opens everything else unless there is nothing to do.
         What the curves hold beyond the checkpoint that a run resumes from is dropped, and that it diverged there."""
+        if self.args.play:
+            self.bar, self.started = tqdm(disable=True), time.monotonic()
+            return
         names = ("args.json", "eval.csv", "events.*", "statistics", "videos")
         found = [path for name in names for path in self.directory.glob(name) if not self.args.resume]
         if found:  # of a run of the same name that left no checkpoint
@@ -1990,7 +2029,7 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         due = self.step % self.args.checkpoint_every == 0 or self.over() or time.monotonic() >= self.save_at
-        return due and self.step > 0 and (self.step, self.last_evaluation) != self.saved
+        return due and self.step > 0 and not self.args.play and (self.step, self.last_evaluation) != self.saved
 
     def environment_failed(self, reason: str) -> None:
         """Says so; a checkpoint of the healthy learner is due at once."""
@@ -2047,6 +2086,8 @@ class Run:
         self.last_evaluation, self.cut = self.step, 0
         counts = {"step": self.step, "updates": self.updates, "wall_time": round(time.monotonic() - self.started, 2)}
         self.rows, values = [{**counts, **row} for row in rows], {}
+        if self.args.play:
+            return True
         self.curve += self.rows
         self.write_curve()
         for column in ("return", "success", "score"):
@@ -2236,8 +2277,9 @@ def read_counters(path: Path) -> dict:
     return counters
 
 
-def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
-    """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file."""
+def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple[Any, dict]:
+    """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file. Unless
+    read_only, damaged ones get another name."""
     damaged_paths = []
     for step in checkpoint_steps(run_dir):
         path = run_dir / "checkpoints" / str(step)
@@ -2256,14 +2298,15 @@ def load_checkpoint(run_dir: Path, state, replay=None) -> tuple[Any, dict]:
                 for slots, records in zip(replay.slots, saved, strict=True):
                     slots[numbers] = records
                 replay.inserted = inserted
-            for damaged_path in damaged_paths:  # so that no later checkpoint builds on them
+            for damaged_path in () if read_only else damaged_paths:  # so that no later checkpoint builds on them
                 with contextlib.suppress(OSError):  # where nothing may be written, there are no later ones
                     damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
             damaged_paths.append(path)
-    raise UserError(f"--resume {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; start a new run")
+    asked, way_out = ("play", "wait for one") if read_only else ("resume", "start a new run")
+    raise UserError(f"--{asked} {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; {way_out}")
 
 
 class Output:
@@ -2303,6 +2346,6 @@ if __name__ == "__main__":
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before the run listens to signals
-        print("interrupted while starting", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:  # before the run listens to signals, or in --play
+        print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # JAX may be compiling in threads of its own, which an orderly end would crash

@@ -37,7 +37,8 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 
 PAPER_TABLES = Path(__file__).resolve().parent / "paper"
 NOT_PART_OF_GROUP = (
-    "seed", "run_name", "run_root", "resume", "versions", "device", "git_commit", "wandb_project", "diverged_at",
+    "seed", "run_name", "run_root", "resume", "play", "versions", "device", "git_commit", "wandb_project",
+    "diverged_at",
 )  # fmt: skip
 STATISTIC_COLUMNS = [f"{name}{end}" for name in scores.STATISTICS for end in ("", "_low", "_high")]
 

@@ -17,7 +17,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pandas as pd
-from rliable import library, metrics
+
+try:
+    from rliable import library, metrics
+except ImportError as error:
+    sys.exit(f"error: {error}; pip install rliable==1.2.0, for which Python 3.14 needs a compiler (no wheels of arch)")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

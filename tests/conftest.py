@@ -3,6 +3,7 @@ every script's command line share. A module that takes these fixtures names its 
 test_every_task.py stepped.
 """
 
+import importlib.util
 import os
 import runpy
 import signal
@@ -85,6 +86,12 @@ def command_line(request, monkeypatch, capfd):
         return status, capfd.readouterr().err
 
     return command_line
+
+
+def pytest_runtest_setup(item):
+    """Skips what is marked dm_control where that is not, as on Python 3.13, with the line that a user reads."""
+    if item.get_closest_marker("dm_control") and importlib.util.find_spec("dm_control") is None:
+        pytest.skip(f"needs {importlib.import_module('brc_sac_continuous').INSTALL['dmc']}")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,16 +1,20 @@
 """What a run leaves behind, and its processes: for the tests of every script's command line."""
 
 import csv
+import fcntl
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 
@@ -54,6 +58,31 @@ def error_line(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert stderr.rstrip().endswith(lines[0]), f"something follows the error:\n{stderr}"
     return lines[0]
+
+
+def played(script, run_dir: Path, *arguments) -> tuple[tuple[Callable, ...], list[dict]]:
+    """--play in this process: the policies that it evaluated and their rows. Meanwhile the run is another process', and
+    nothing in its directory but videos/ may change."""
+
+    def content() -> dict[Path, tuple[int, bytes]]:
+        files = (path for path in run_dir.rglob("*") if path.is_file() and path.parent.name != "videos")
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    evaluate, found, before = script.evaluate, [], content()
+
+    def watched(act, *rest):
+        found.append((act, evaluate(act, *rest)))
+        return found[-1][1]
+
+    lock = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "evaluate", watched)
+        script.main(script.parse_args(["--play", str(run_dir), *map(str, arguments)]))
+    os.close(lock)
+    assert content() == before
+    policies, rows = zip(*found, strict=True)
+    return policies, [row for some in rows for row in some]
 
 
 def started(script: Path, arguments, environment: dict[str, str], log: Path) -> subprocess.Popen:

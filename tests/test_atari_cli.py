@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_files import assert_same, counters, curve, error_line, started, tensorboard, wait_for_checkpoint
+from run_files import assert_same, counters, curve, error_line, played, started, tensorboard, wait_for_checkpoint
 
 import brc_drq_atari as brc
 
@@ -223,6 +223,21 @@ def test_checkpoint_holds_replay_and_counters(finished):
     slots = np.arange(50, 301) % replay.slots.shape[1]
     np.testing.assert_array_equal(replay.slots["frame"][0, slots], records["frame"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_play_evaluates_the_newest_checkpoint(finished, monkeypatch, capsys):
+    _, run_dir = finished
+    monkeypatch.setattr(brc, "MAX_GAME_STEPS", 90)
+    (policy,), rows = played(brc, run_dir, "--eval-episodes", 1)
+    assert [(row["task"], row["episodes"]) for row in rows] == [("atari/breakout", 1), (LIVES, 1)]
+    printed = capsys.readouterr().out
+    assert f"playing {run_dir}, step 300" in printed
+    for row in rows:
+        assert re.search(rf"^{row['task']} +{row['return']:.1f} ", printed, re.MULTILINE)
+    agent = brc.make_agent(brc.parse_args(["--resume", str(run_dir)]), 2, 18, [18, 3])
+    frames, task_ids = np.random.default_rng(0).integers(256, size=(64, 4, 84, 84), dtype=np.uint8), np.arange(64) % 2
+    greedy = agent.act(restored(run_dir)[0].critic, jax.random.PRNGKey(0), 0, frames, task_ids, 0.0)
+    assert (np.asarray(policy(frames, task_ids)) == greedy).mean() > 0.9, "greedy but for EVAL_EPSILON"
 
 
 def test_videos_show_the_game(finished):

@@ -8,6 +8,7 @@ import brc_sac_continuous as brc
 compare = pytest.importorskip("benchmark.compare_backends")
 
 
+@pytest.mark.dm_control  # and the MuJoCo that goes with it
 @pytest.mark.parametrize(
     ("task", "steps"),
     [  # a whole episode where MuJoCo 3.2 (reference) and 3.6 (envpool) agree, elsewhere some steps before contacts
@@ -28,6 +29,7 @@ def test_same_state_same_actions_same_observations_and_rewards(task, steps, monk
     assert result["length"] == result["reference_length"] == ([length] * 2 if steps == length else [])
 
 
+@pytest.mark.dm_control
 def test_a_wrong_order_of_observations_is_seen(monkeypatch):
     order = brc.ENVPOOL_KEYS["dmc/fish-swim"].split()
     monkeypatch.setitem(brc.ENVPOOL_KEYS, "dmc/fish-swim", " ".join(order[:2] + order[:1:-1]))  # same size, other order
@@ -35,6 +37,7 @@ def test_a_wrong_order_of_observations_is_seen(monkeypatch):
     assert result["sizes"] == result["reference_sizes"] and result["reset_error"] > 0.01 and result["agree_steps"] == 0
 
 
+@pytest.mark.dm_control
 def test_a_wrong_range_of_actions_is_seen(monkeypatch):
     send, scaled = brc.EnvPoolTask.send, lambda actions: None if actions is None else 0.9 * actions
     monkeypatch.setattr(brc.EnvPoolTask, "send", lambda self, actions, rows: send(self, scaled(actions), rows))
@@ -49,6 +52,7 @@ def test_the_goal_that_moves_on_is_seen(monkeypatch):
     assert result["goal_error"] > 0.1
 
 
+@pytest.mark.dm_control
 def test_a_ball_that_counts_as_caught_too_early_is_seen(monkeypatch):
     """dmc/ball-in-cup-catch: envpool takes the size of another geom for the ball's."""
     monkeypatch.setattr(brc, "ENVPOOL_BROKEN", set())

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_files import assert_same, counters, curve, error_line, started, tensorboard, wait_for_checkpoint
+from run_files import assert_same, counters, curve, error_line, played, started, tensorboard, wait_for_checkpoint
 
 import brc_sac_continuous as brc
 
@@ -282,6 +282,61 @@ def test_frames_are_drawn_without_a_display(environment, tmp_path):
             assert first.dtype == np.uint8 and first.shape[2] == 3, task
             assert first.std() > 10, f"{task}: an empty frame"
             assert np.abs(first.astype(int) - last).max() > 50, f"{task}: nothing moved"
+
+
+# ----------------------------------------------------------------------------------------------------------- play
+
+
+def test_play_evaluates_the_newest_good_checkpoint(finished, tmp_path, capsys):
+    """Of a run that still goes on and whose last checkpoint is damaged: its policy, its table, and no trace of it."""
+    run_dir = tmp_path / "copy"
+    shutil.copytree(finished[1], run_dir, ignore=shutil.ignore_patterns("wandb"))
+    (run_dir / "checkpoints/600/checkpoint.json").write_text("{}")
+    (policy,), rows = played(brc, run_dir, "--eval-episodes", 3)
+    printed = capsys.readouterr().out
+    assert f"playing {run_dir}, step 450" in printed
+    assert [(row["task"], row["episodes"]) for row in rows] == [("dmc/cartpole-swingup", 3), (REACH, 3)]
+    for row in rows:
+        assert re.search(rf"^{row['task']} +{row['return']:.1f} .*{row['score']}$", printed, re.MULTILINE)
+    assert not (run_dir / "videos").exists()
+
+    state, _, counters = restored(run_dir)  # which puts the damaged one aside
+    assert counters["step"] == 450
+    agent = brc.make_agent(brc.parse_args(["--resume", str(run_dir)]), 2, 39, 4, [1, 4])
+    observations, task_ids = np.random.default_rng(0).normal(size=(2, 39)).astype(np.float32), np.arange(2)
+    expected = agent.act_deterministic(state.actor, state.critic, observations, task_ids)
+    np.testing.assert_array_equal(policy(observations, task_ids), expected)
+
+
+def test_play_films(tmp_path):
+    pytest.importorskip("imageio")
+    train("--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 3, "--run-root",
+          tmp_path, "--run-name", "run")  # fmt: skip
+    played(brc, tmp_path / "run", "--capture-video")
+    assert [path.name for path in (tmp_path / "run/videos").iterdir()] == ["gym-gym_tasks-Truncates20-v0-3.mp4"]
+
+
+PLAY_ERRORS = {  # what is played, and what the line must name
+    "nothing": (["--play", "/nowhere/run"], "--play /nowhere/run: no run of this script there"),
+    "and resumed": (["--play", "RUN", "--resume", "RUN"], "exclude each other"),
+    "other arguments": (["--play", "RUN", "--critic-width", "8", "--track"], "not --track, --critic-width;"),
+    "another script's": (["--play", "OTHER"], "made by brc_offline_bc"),
+    "no checkpoint yet": (["--play", "RUN"], "no undamaged checkpoint in", "wait for one"),
+}
+
+
+@pytest.mark.parametrize("name", PLAY_ERRORS)
+def test_play_errors(name, tmp_path, command_line):
+    train(*TASK, *SMALL, "--total-timesteps", 0, "--run-root", tmp_path, "--run-name", "RUN")
+    before, other = (tmp_path / "RUN/args.json").read_bytes(), {"script": "brc_offline_bc"}
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER/args.json").write_text(json.dumps(other))
+    words, *expected = PLAY_ERRORS[name]
+    status, stderr = command_line(*(tmp_path / word if word in ("RUN", "OTHER") else word for word in words))
+    assert status == 2
+    assert [text for text in expected if text not in error_line(stderr)] == []
+    assert (tmp_path / "RUN/args.json").read_bytes() == before
+    assert [path.name for path in (tmp_path / "RUN").iterdir()] == ["args.json"]
 
 
 # ---------------------------------------------------------------------------------------------------- user errors

@@ -28,6 +28,7 @@ SIZES = {
     "hopper-hop-backwards": (15, 4), "reacher-three-easy": (8, 3), "reacher-three-hard": (8, 3),
     "ball-in-cup-spin": (8, 2), "pendulum-spin": (3, 1),
 }  # fmt: skip
+pytestmark = pytest.mark.dm_control
 every_task = pytest.mark.parametrize("name", SIZES)
 
 

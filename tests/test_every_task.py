@@ -11,7 +11,7 @@ import pytest
 import brc_sac_continuous as brc
 
 TASKS = [f"{family}/{task}" for family, tasks in brc.FAMILIES.items() for task in tasks]
-PACKAGE = {"humanoidbench": "humanoid_bench", "shadowhand": "dex_envs"}
+PACKAGE = {"dmc": "dm_control", "humanoidbench": "humanoid_bench", "shadowhand": "dex_envs"}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_files import assert_same
+from run_files import assert_same, played
 from scipy.integrate import quad
 
 import brc_offline_bc as brc
@@ -426,6 +428,21 @@ def test_resume_continues_exactly(mixed_data, tmp_path):
     for whole, parts in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(whole, parts)
     assert [step for step, _ in curve(tmp_path / "parts")] == [0, 0, 30, 30, 60, 60]
+
+
+def test_play_needs_no_data(mixed_data, tmp_path, capsys):
+    folder = shutil.copytree(mixed_data, tmp_path / "data")
+    train("--dataset", folder, *SMALL, "--total-updates", 20, "--run-root", tmp_path, "--run-name", "run")
+    shutil.rmtree(folder)
+    (policy,), rows = played(brc, tmp_path / "run", "--eval-episodes", 2)
+    assert [(row["task"], row["episodes"]) for row in rows] == [(task, 2) for task in POINTS]
+    printed = capsys.readouterr().out
+    assert re.search(rf"^{POINTS[1]} +{rows[1]['return']:.1f} ", printed, re.MULTILINE)
+    agent = brc.make_agent(brc.parse_args(["--resume", str(tmp_path / "run")]), 2, 2, 2, [2, 2])
+    state, _ = brc.load_checkpoint(tmp_path / "run", agent.init(0))
+    observations, task_ids = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32), np.arange(2)
+    expected = agent.act_deterministic(state.actor, state.critic, observations, task_ids)
+    np.testing.assert_array_equal(policy(observations, task_ids), expected)
 
 
 @pytest.mark.parametrize("change", ["rewards", "length", "tasks"])

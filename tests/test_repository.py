@@ -6,28 +6,50 @@ import re
 import shlex
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import fix_copies
 import pytest
 import tyro
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("brc_*.py"))
 scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
 
-def requirements() -> dict[str, str]:
+def requirements() -> set[Requirement]:
     lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
+    return {Requirement(line) for line in lines if line}
 
 
 @scripts
 def test_inline_dependencies_agree_with_requirements(script):
+    """Markers included: a package has all of its lines, or none."""
     block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.MULTILINE).group(1)
     metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
-    inline = dict(dependency.split("==") for dependency in metadata["dependencies"])
-    assert inline.items() <= requirements().items()
+    inline = {Requirement(dependency) for dependency in metadata["dependencies"]}
+    names = {requirement.name for requirement in inline}
+    assert inline == {requirement for requirement in requirements() if requirement.name in names}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_every_python_has_one_version_of_each_package(python):
+    """And of MuJoCo one with wheels: 3.2 up to Python 3.12, at least 3.3 for 3.13, 3.8.1 for 3.14."""
+    chosen = [r for r in requirements() if not r.marker or r.marker.evaluate({"python_version": python})]
+    names = Counter(requirement.name for requirement in chosen)
+    assert set(names.values()) == {1} and {"mujoco", "envpool", "metaworld"} <= set(names)
+    assert ("dm_control" in names) == (python in ("3.11", "3.12"))
+    (mujoco,) = (requirement.specifier for requirement in chosen if requirement.name == "mujoco")
+    assert str(mujoco) == ("==3.2.0" if "dm_control" in names else "==3.8.1")
+
+
+def test_gpu_line():
+    """README and requirements.txt install the same jax for a GPU, the pinned one."""
+    (pinned,) = (str(requirement.specifier) for requirement in requirements() if requirement.name == "jax")
+    for page in ("README.md", "requirements.txt"):
+        assert re.findall(r'"jax\[.*', (ROOT / page).read_text())[0].startswith(f'"jax[cuda12]{pinned}"'), page
 
 
 @scripts

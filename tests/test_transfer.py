@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import sys
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_files import assert_same, curve, error_line, started, wait_for_checkpoint
+from run_files import assert_same, curve, error_line, played, started, wait_for_checkpoint
 
 import brc_embedding_transfer as brc
 import brc_sac_continuous as online
@@ -483,6 +484,40 @@ def test_embedding_resumes_with_the_next_task(counters, tmp_path):
     assert len(rows_of(run_dir / "embedding.csv")) == 4
     brc.main(brc.parse_args(["--resume", str(run_dir)]))
     assert (run_dir / "embedding.csv").read_text() == whole
+
+
+# ----------------------------------------------------------------------------------------------------------- play
+
+
+def test_play_of_a_transferred_model(counters, tmp_path, capsys):
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN)
+    (policy,), (row,) = played(brc, run_dir, "--eval-episodes", 2)
+    assert (row["task"], row["episodes"]) == (SMALLER, 2) and f"playing {run_dir}, step 40" in capsys.readouterr().out
+    agent = agent_of(brc.load_pretrained(brc.parse_args(["--resume", str(run_dir)])), 1)
+    state, _ = brc.load_checkpoint(run_dir, agent.init(0))
+    observations, task_ids = np.random.default_rng(0).normal(size=(1, 6)).astype(np.float32), np.zeros(1, np.int32)
+    expected = agent.act_deterministic(state.actor, state.critic, observations, task_ids)
+    np.testing.assert_array_equal(policy(observations, task_ids), expected)
+
+
+def test_play_of_tuned_embeddings(counters, tmp_path, capsys):
+    """Of the finished tasks, without a step of adaptation."""
+    tasks = [SMALLER, COUNTERS[1]]
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", *tasks, "--protocol", "embedding",
+                       "--eval-episodes", 1, "--embedding-updates", 3, "--heatmap")  # fmt: skip
+    policies, rows = played(brc, run_dir, "--eval-episodes", 2)
+    assert [(row["task"], row["episodes"]) for row in rows] == [(task, 2) for task in tasks]
+    printed = capsys.readouterr().out
+    observations, task_ids = np.random.default_rng(0).normal(size=(1, 6)).astype(np.float32), np.zeros(1, np.int32)
+    for task, action_dim, policy, row in zip(tasks, (1, 1), policies, rows, strict=True):
+        assert re.search(rf"^{task} +tuned +{row['return']:.1f} ", printed, re.MULTILINE)
+        pretrained, tuned = loaded(counters), np.load(run_dir / "embeddings" / f"{brc.file_name(task)}.npy")
+        state = brc.with_embedding(pretrained.state, brc.embedding_table(tuned))
+        expected = agent_of(pretrained, action_dim).act_deterministic(state.actor, state.critic, observations, task_ids)
+        np.testing.assert_array_equal(policy(observations, task_ids), expected)
+    (run_dir / "embedding.csv").unlink()
+    with pytest.raises(brc.UserError, match="no embedding is tuned"):
+        brc.main(brc.parse_args(["--play", str(run_dir)]))
 
 
 # --------------------------------------------------------------------------------------------------------- errors
