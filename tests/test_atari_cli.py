@@ -25,7 +25,7 @@ SMALL = """--encoder-channels 1 2 --critic-width 8 --critic-depth 1 --num-atoms 
 --embedding-size 4 --eval-episodes 1 --no-augmentation""".split()
 CATCH, MIRRORED, LIVES = (f"gym/pixel_tasks:Pixel{name}-v0" for name in ("Catch", "CatchMirrored", "Lives7"))
 NO_UPDATES = ["--learning-starts", "1000000"]
-pytestmark = pytest.mark.usefixtures("shared_compiled_code", "own_signal_handlers")
+pytestmark = pytest.mark.usefixtures("own_signal_handlers")
 
 
 def train(*arguments) -> None:
@@ -90,7 +90,7 @@ def test_the_papers_experiment_is_built_and_described(run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, shared_compiled_code):
+def finished(tmp_path_factory):
     """A run with everything on, and what it printed: 300 steps of a real game, cut to 90 steps a game, and of a pixel
     task; updates from step 100."""
     root, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
@@ -307,7 +307,7 @@ def test_reward_that_is_not_a_number(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, shared_compiled_code):
+def trained(tmp_path_factory):
     """A run of two tasks: 120 steps with updates from step 60 on."""
     root = tmp_path_factory.mktemp("trained")
     arguments = ["--env-ids", CATCH, MIRRORED, *SMALL, "--total-timesteps", 120, "--learning-starts", 60]

@@ -31,7 +31,7 @@ SCRIPT = TESTS.parent / "brc_sac_continuous.py"
 SMALL = """--critic-width 32 --critic-depth 1 --actor-width 32 --batch-size 32 --eval-episodes 1""".split()
 NO_UPDATES = ["--learning-starts", "1000000"]  # nothing to compile but the policy
 REACH, PUSH = "metaworld/reach", "metaworld/push"
-pytestmark = pytest.mark.usefixtures("shared_compiled_code", "own_signal_handlers")
+pytestmark = pytest.mark.usefixtures("own_signal_handlers")
 
 
 def train(*arguments) -> None:

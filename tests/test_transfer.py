@@ -31,7 +31,7 @@ LEARN = "--batch-size 16 --eval-episodes 1 --learning-starts 20 --total-timestep
 
 
 @pytest.fixture(autouse=True)
-def worker_path(monkeypatch, shared_compiled_code, own_signal_handlers):
+def worker_path(monkeypatch, own_signal_handlers):
     """Worker processes find gym_tasks."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent))
 
