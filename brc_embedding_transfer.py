@@ -856,11 +856,8 @@ def read_arguments(args: Args) -> dict:
 def load_pretrained(args: Args, saved: dict) -> Pretrained:
     """Newest undamaged checkpoint of --pretrained and, for --protocol data, its replay. saved: see read_arguments.
     Raises UserError if there is none."""
-    directory, info, settings = (
-        Path(args.pretrained),
-        SimpleNamespace(**saved["env_info"]),
-        merged_settings(args, saved),
-    )
+    directory, info = Path(args.pretrained), SimpleNamespace(**saved["env_info"])
+    settings = merged_settings(args, saved)
     num_tasks, sizes = len(info.task_names), (info.observation_dim, info.action_dim)
     agent, replay = make_agent(settings, num_tasks, *sizes, info.action_dims), None
     if args.protocol == "data":
@@ -1158,6 +1155,7 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
     run.start(**information)
     if run.total == 0:
         return
+    agents: dict[tuple, Agent] = {}  # by the tasks' own action sizes, so that each is compiled once
     for number, task in enumerate(tasks):
         if task in finished:
             continue
@@ -1166,7 +1164,10 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         envs = target_envs(args, task, pretrained.info, 1, env_seed, workers)
         eval_envs = target_envs(args, task, pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
         sizes = envs.observation_dim, envs.action_dim
-        agent = make_agent(pretrained.settings, 1, *sizes, envs.action_dims, use_embedding=True)
+        own_dims = tuple(envs.action_dims)
+        if own_dims not in agents:
+            agents[own_dims] = make_agent(pretrained.settings, 1, *sizes, own_dims, use_embedding=True)
+        agent, evaluated = agents[own_dims], {}  # evaluated: by embedding, as the heat map holds some of the others too
         path = run.directory / "embeddings" / f"{file_name(task)}.npy"
         if args.play:
             states = {("tuned", path.name): with_embedding(pretrained.state, embedding_table(np.load(path)))}
@@ -1174,9 +1175,11 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
             states = infer_embeddings(args, agent, pretrained, envs, np.random.default_rng(choice_seed), run)
         for (method, source), state in states.items():
             act = partial(agent.act_deterministic, state.actor, state.critic)
-            while (rows := evaluate(act, eval_envs, args.eval_episodes, run.stop)) is None:
+            key = method if method in ("tuned", "mean") else source
+            while not (rows := evaluated.get(key) or evaluate(act, eval_envs, args.eval_episodes, run.stop)):
                 if run.stop:  # else an environment failed: once more, from the start
                     return tqdm.write(f"stopped; continue with --resume {run.directory}")
+            evaluated[key] = rows
             about = {"target": task, "method": method, "embedding": source, "transitions": transitions}
             about |= {name: value for name, value in rows[0].items() if name != "task"}
             tables["heatmap.csv" if method == "heatmap" else "embedding.csv"].append(about)
