@@ -73,6 +73,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 try:
@@ -193,6 +194,8 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """number format of the products inside the critic's blocks, where nearly all arithmetic is; everything else, its
     first and last layer too, is float32"""
+    shard: bool = False
+    """lay the critics, their targets and moments over all devices of this machine: members first, then width"""
     critic_loss: Literal["ce", "mse"] = "ce"
     """categorical cross-entropy (C.2) or mean squared error on a scalar critic (Figure 3)"""
     normalize_returns: bool = True
@@ -220,7 +223,7 @@ RELEASED_CODE = {  # defaults under --variant released-code: parse_args in part 
 RESUMABLE = {  # arguments that a resumed run may change
     "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "save_replay",
     "capture_video", "log_task_statistics", "track", "wandb_project", "env_backend", "env_workers", "env_timeout",
-    "resume",
+    "resume", "shard",
 }  # fmt: skip
 
 
@@ -645,6 +648,31 @@ def make_agent(
     )  # fmt: skip
 
 
+def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedSharding]:
+    """--shard: the ensembles in `state` (critics, targets, moments), laid over all devices: members first, then each
+    layer's outputs. The rest is on every device, and so are batches, by the layout returned last.
+
+    Weights stay where they are, and activations travel, as a batch has fewer rows than a layer has units.
+    """
+    members = math.gcd(jax.device_count(), jax.tree.leaves(state.critic["ensemble"])[0].shape[0])
+    shape = members, jax.device_count() // members
+    mesh = jax.make_mesh(shape, ("critic", "width"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+    def layout(path, leaf):
+        if not any(getattr(key, "key", None) == "ensemble" for key in path):
+            return NamedSharding(mesh, PartitionSpec())
+        axes: list[str | None] = ["critic"] + [None] * (leaf.ndim - 1)
+        # outputs; the last layer, of num_atoms outputs, by its inputs
+        divisible = [axis for axis in range(leaf.ndim - 1, 0, -1) if leaf.shape[axis] % mesh.shape["width"] == 0]
+        if divisible:
+            axes[divisible[0]] = "width"
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    layouts = jax.tree_util.tree_map_with_path(layout, state)
+    update = jax.jit(agent.update, donate_argnums=0, out_shardings=(layouts, None))
+    return agent._replace(update=update), jax.device_put(state, layouts), NamedSharding(mesh, PartitionSpec())
+
+
 # -------------------------------------------------------------------------------------------------------------- replay
 
 
@@ -772,6 +800,7 @@ def main(args: Args) -> None:
         state, saved = run.restore(agent.init(args.seed), replay)
         if saved:
             normalizer.max_return, rng.bit_generator.state = np.float32(saved["max_return"]), saved["rng"]
+        agent, state, everywhere = shard(agent, state) if args.shard else (agent, state, None)
         print(f"tasks: {num_tasks}, |S| = {sizes[0]}, |A| = {sizes[1]}; parameters: "
               f"{parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
               f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
@@ -813,7 +842,7 @@ def main(args: Args) -> None:
             # 2. while the environments step and the device updates, the next step's batches go there
             rng_state = rng.bit_generator.state  # from which a resumed run draws them again
             if learning:
-                batches = jax.device_put(draw())
+                batches = jax.device_put(draw(), everywhere)
             # 3. receive, store, update G_i
             observations, rewards, terminated, truncated, valid, _ = envs.recv()
             replay.insert(actions, rewards, terminated, valid, observations)
