@@ -224,7 +224,8 @@ def check_together(args: Args, tasks: list[str]) -> None:
         raise UserError("no pretrained agent: give --pretrained, the run directory of brc_sac_continuous.py on tasks")
     if len(tasks) > 1 and args.protocol != "embedding":
         raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one of --env-ids")
-    given = [name for name in PROTOCOLS if getattr(args, name) != getattr(Args, name) and not args.resume]
+    saved = args.resume or args.play  # a run whose arguments were checked
+    given = [name for name in PROTOCOLS if getattr(args, name) != getattr(Args, name) and not saved]
     for name in given:
         *others, last = PROTOCOLS[name]
         builds = name == "total_timesteps" and not args.total_timesteps  # everything, in all of them

@@ -493,7 +493,8 @@ def test_play_of_a_transferred_model(counters, tmp_path, capsys):
     run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN)
     (policy,), (row,) = played(brc, run_dir, "--eval-episodes", 2)
     assert (row["task"], row["episodes"]) == (SMALLER, 2) and f"playing {run_dir}, step 40" in capsys.readouterr().out
-    agent = agent_of(brc.load_pretrained(brc.parse_args(["--resume", str(run_dir)])), 1)
+    args = brc.parse_args(["--resume", str(run_dir)])
+    agent = agent_of(brc.load_pretrained(args, brc.read_arguments(args)), 1)
     state, _ = brc.load_checkpoint(run_dir, agent.init(0))
     observations, task_ids = np.random.default_rng(0).normal(size=(1, 6)).astype(np.float32), np.zeros(1, np.int32)
     expected = agent.act_deterministic(state.actor, state.critic, observations, task_ids)
