@@ -1,4 +1,5 @@
-"""README's own code: the lines that load a policy, and the three diffs, applied to the script as it stands."""
+"""README's own code: the lines that load a policy, and the three diffs, applied to the script as it stands; and that
+its links lead somewhere."""
 
 import csv
 import importlib.util
@@ -98,3 +99,13 @@ def test_lines_that_load_a_policy(tmp_path, monkeypatch):
     state, _ = brc.load_checkpoint(Path("runs/RUN"), brc.make_agent(args, 2, 105, 8, [4, 8]).init(5))
     action = policy[0].act_deterministic(state.actor, state.critic, names["padded"][None], np.array([0]))[0]
     np.testing.assert_array_equal(names["action"], action)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmark/results/README.md"])
+def test_links_lead_somewhere(page):
+    """To files of the repository and to headings, by the names that GitHub gives them."""
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), file
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], anchor
