@@ -30,6 +30,9 @@ a lost life ends the episode for learning and clears the frame stack; Adam's eps
 taken over: its dueling heads, as the paper names a dense critic, and its clipped rewards (--clip-rewards), since return
 normalization takes care of their scale. Returns of Eq. 2 end at a lost life, as the critic's episodes do.
 
+envpool plays the games; ale-py with Gymnasium's AtariPreprocessing is the reference (--env-backend gymnasium). Replay
+holds one 84 x 84 frame a step, 18.4 GB for all 26 games. gym/ tasks with such frames and discrete actions run as well.
+
   python brc_drq_atari.py --seed 1                                          # the paper's experiment: 26 games
   python brc_drq_atari.py --env-ids atari/pong                              # one game
   python brc_drq_atari.py --env-ids atari/pong atari/boxing --encoder-channels 16 32 32
@@ -1478,7 +1481,7 @@ class Run:
             jax.devices()
         except (RuntimeError, AssertionError) as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
+            raise UserError(f"JAX has no device ({asked}); unset it, or install jax for it") from error
         self.directory, self.created, self.lock = Path(args.resume or Path(args.run_root) / name), [], None
         if args.play:
             self.directory = Path(args.play)

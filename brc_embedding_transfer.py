@@ -163,7 +163,7 @@ class Args:
     adaptation_transitions: PositiveInt = 300
     """embedding: transitions of each new task from which its embedding is inferred (the paper: less than a thousand)"""
     embedding_lr: NonNegativeFloat = 3e-4
-    """embedding: Adam learning rate of the tuned embedding (default: measured, see README)"""
+    """embedding: Adam learning rate of the tuned embedding (default: measured, see benchmark/results/README.md)"""
     embedding_updates: NonNegativeInt = 500
     """embedding: gradient steps on the tuned embedding, each on all transitions"""
     heatmap: bool = False
@@ -2314,7 +2314,7 @@ class Run:
             jax.devices()
         except (RuntimeError, AssertionError) as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
+            raise UserError(f"JAX has no device ({asked}); unset it, or install jax for it") from error
         self.directory, self.created, self.lock = Path(args.resume or Path(args.run_root) / name), [], None
         if args.play:
             self.directory = Path(args.play)

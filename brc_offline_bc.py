@@ -27,7 +27,9 @@ data are cloned by likelihood or by squared error. In the notation of brc_sac_co
 
 sg: no gradient. |A|: the task's own number of action dimensions, so that c means the same for every body. --bc-only
 leaves the first term out (behavioral cloning); --bc-coef 0 leaves the second out (offline SAC+BRC). Data may be larger
-than memory: files are memory-mapped, nothing in them is executed.
+than memory: files are memory-mapped, nothing in them is executed. What --save-replay writes is replay-quality data; for
+expert-like data take the end of a run that learned (--last-transitions 20000), for medium ones a run stopped half way.
+TD-MPC2's mt30 and mt80 are read after benchmark/convert_tdmpc2.py.
 
   python brc_sac_continuous.py --env-ids dmc/walker-walk --save-replay --run-name walker     # collect data
   python brc_offline_bc.py --dataset runs/walker/replay --total-updates 100000               # learn from it alone
@@ -145,7 +147,8 @@ class Args:
     """Weights & Biases project"""
 
     bc_coef: NonNegativeFloat = 0.03
-    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of a small sweep, see README)"""
+    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of a small sweep, see
+    benchmark/results/README.md)"""
     bc_loss: Literal["nll", "mse"] = "mse"
     """clone by the data action's negative log-likelihood, or by the mean action's squared error"""
     bc_only: bool = False
@@ -1866,7 +1869,7 @@ class Run:
             jax.devices()
         except (RuntimeError, AssertionError) as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
+            raise UserError(f"JAX has no device ({asked}); unset it, or install jax for it") from error
         self.directory, self.created, self.lock = Path(args.resume or Path(args.run_root) / name), [], None
         if args.play:
             self.directory = Path(args.play)

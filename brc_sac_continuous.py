@@ -1948,7 +1948,7 @@ class Run:
             jax.devices()
         except (RuntimeError, AssertionError) as error:
             asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-            raise UserError(f"JAX has no device ({asked}); unset it, or see README") from error
+            raise UserError(f"JAX has no device ({asked}); unset it, or install jax for it") from error
         self.directory, self.created, self.lock = Path(args.resume or Path(args.run_root) / name), [], None
         if args.play:
             self.directory = Path(args.play)

@@ -5,6 +5,17 @@
 A scale says which tasks, widths, steps, seeds and flags stand for the paper's: `paper` has the paper's own (Sections 4,
 D and E), `laptop` the same structure with a few easy tasks, narrow critics and few steps. A run is named after what it
 computes, so that figures which need the same run (the multi-task BRC of Figures 1, 4, 5, 6, 16, ...) share it.
+
+Ablations and baselines are flags of brc_sac_continuous.py:
+
+  SAC                                            --critic-arch mlp --critic-loss mse --critic-width 256
+  MH-SAC                                         and --task-conditioning heads
+  BRO-like, BroNet (MSE) (Figure 4)              --critic-loss mse
+  MSE without return normalization (Figure 3)    --critic-loss mse --no-normalize-returns
+  SimBa (Figure 4)                               --critic-arch simba --critic-loss mse
+  separate heads (Figure 5)                      --task-conditioning heads
+  model sizes (Table 1)                          --critic-width 256 ... 8192
+  diagnostics of Figures 3, 5, 7                 --log-task-statistics
 """
 
 import hashlib

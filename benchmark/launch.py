@@ -8,6 +8,16 @@ Finished runs are skipped, stopped ones continue from their checkpoint, failed o
 their log (RUN_DIR/log.txt) and start again when the same command is given again. Runs that several figures share are
 done once, and two launchers may share a run root. On Slurm every run is one job of an array with a GPU of its own; what
 is preempted, requeued or out of time writes a checkpoint and continues with --resume.
+
+On a cluster, in an environment and a checkout that all nodes see, after pip install -r requirements.txt:
+
+  python benchmark/launch.py figure4 --scale paper --executor slurm --partition gpu --account me --timeout-min 1440
+  squeue --me                                           # give the launch command again for what failed
+  python benchmark/plot.py figure4 --scale paper
+
+A run has a GPU of its own (--gpus-per-node 0: none). On preemption (scontrol requeue, or the signal --signal-delay-s
+before the time limit) it writes a checkpoint, is requeued, and continues; Slurm lets it wait two minutes first. Runs
+that read another run's directory start after it.
 """
 
 import csv
@@ -174,7 +184,7 @@ class Job:
 
 # --------------------------------------------------------------------------------------------------------- estimate
 
-# Seconds per vector step of the environments alone (README, Speed: 2 cores; 16 cores step about 6 times as many), and
+# Seconds per vector step of the environments alone (results/README.md: 2 cores; 16 cores step 6 times as many), and
 # what is added to them: the updates' operations over a rate, here that of one CPU core and of an A100 in float32.
 ENV_SECONDS = {"metaworld": 1.4e-4, "dmc": 3e-4, "humanoidbench": 1.2e-3, "shadowhand": 1e-3, "atari": 6e-4,
                "gym": 1e-4}  # fmt: skip

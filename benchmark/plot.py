@@ -9,6 +9,9 @@ diagnostics of Figures 3, 5 and 7 statistics/*.npz, and for embedding transfer e
 missing, unfinished or damaged is named, and the rest is plotted. Scores are normalized as in E.3; intervals are 95%
 stratified bootstrap intervals over seeds (rliable). The scale, laptop or paper, is in every title, table and file name.
 
+--reference takes CSV files of published curves (agent,task,seed,step,value, optionally suite or metric) and the results
+folder of the authors' repository; the paper's Tables 2 and 5 are in benchmark/paper/.
+
 Of run directories, those that trained on the same tasks with the same arguments but the seed form one group.
 """
 

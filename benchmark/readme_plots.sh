@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes README's pictures, and the tables beside them, from the small files of our own runs in benchmark/results/.
+# Makes the pictures of README and benchmark/results/README.md, and the tables beside them, from our own runs there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=benchmark/results

@@ -1,8 +1,8 @@
-"""Prints README's result tables from the small files in benchmark/results/, as Markdown.
+"""Prints the result tables of README and benchmark/results/README.md from its small files, as Markdown.
 
   python benchmark/readme_tables.py > benchmark/results/tables.md
 
-A test compares every row with README, so that a number there cannot differ from its runs.
+A test compares every row with these pages, so that a number there cannot differ from its runs.
 """
 
 import csv

@@ -83,7 +83,7 @@ def test_three_parts_the_algorithm_first(script):
 def printed_commands() -> list[str]:
     """Command lines of this project's programs, from README, CONTRIBUTING and docstrings, without their comments."""
     found = {}
-    pages = [*ROOT.glob("*.md"), *SCRIPTS, *ROOT.glob("benchmark/*.py"), *ROOT.glob("benchmark/results/*/*.md")]
+    pages = [*ROOT.glob("*.md"), *SCRIPTS, *ROOT.glob("benchmark/*.py"), *ROOT.glob("benchmark/results/**/*.md")]
     for page in pages:
         for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines():  # one that goes on is one
             for part in line.strip().strip("`").split("&&"):
