@@ -17,7 +17,7 @@ import brc_sac_continuous as brc
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = """--critic-width 16 --critic-depth 1 --actor-width 16 --batch-size 16 --eval-episodes 1 --total-timesteps 200
 --learning-starts 100""".split()
-pytestmark = pytest.mark.usefixtures("shared_compiled_code", "own_signal_handlers")
+pytestmark = pytest.mark.usefixtures("own_signal_handlers")
 
 
 def blocks(language: str) -> list[str]:
