@@ -24,11 +24,14 @@ computes, for game i:
 
 Network (Figure 14): scaled Impala encoder, layer norm, task embedding, two dense layers, |A| x N_atoms logits.
 
-What the paper leaves open is as in DrQ(eps) of google/dopamine (labs/atari_100k): 1,600 random steps first, epsilon
-decays after them, 0.001 in evaluation; random shift by up to 4 pixels and intensity noise of 5% on both observations;
-a lost life ends the episode for learning and clears the frame stack; Adam's epsilon 1.5e-4; Xavier initialization. Not
-taken over: its dueling heads, as the paper names a dense critic, and its clipped rewards (--clip-rewards), since return
-normalization takes care of their scale. Returns of Eq. 2 end at a lost life, as the critic's episodes do.
+What the paper leaves open is as in DrQ(eps) of google/dopamine (labs/atari_100k): 1,600 random steps first, of every
+game, epsilon decays after them, 0.001 in evaluation, 100 games at the end; random shift by up to 4 pixels (a crop at 0
+to 8 of the padded image) and intensity noise of 5% on both observations; a lost life ends the episode for learning and
+clears the frame stack; Adam's epsilon 1.5e-4; Xavier initialization. Not taken over: its dueling heads, as the paper
+names a dense critic; its clipped rewards (--clip-rewards), since return normalization takes care of their scale; and
+the end of a step's four frames at a lost life. Open in the paper and chosen here: 1 to 30 frames of no-ops begin a
+game, the online network acts, weight decay is on all parameters, biases and norms too, and the batch is 256 (Table 4)
+for one game as for many. Returns of Eq. 2 end at a lost life, as the critic's episodes do.
 
 envpool plays the games; ale-py with Gymnasium's AtariPreprocessing is the reference (--env-backend gymnasium). Replay
 holds one 84 x 84 frame a step, 18.4 GB for all 26 games. gym/ tasks with such frames and discrete actions run as well.
@@ -145,6 +148,8 @@ class Args:
     """steps per game between evaluations"""
     eval_episodes: PositiveInt = 10
     """whole games per evaluation and game, epsilon 0.001"""
+    final_eval_episodes: Annotated[int | None, "[1, inf)"] = None
+    """the same of the last evaluation (default: ten times --eval-episodes, so 100, as DrQ(eps) plays)"""
     checkpoint_every: PositiveInt = 25_000
     """steps per game between checkpoints; one more is written at the end and when stopped"""
     keep_checkpoints: PositiveInt = 2
@@ -217,8 +222,8 @@ RELEASED_CODE = {  # defaults under --variant released-code: parse_args in part 
     "variant": "released-code", "embedding_norm": "l2", "truncation_bootstrap": "mean-reward",
 }  # fmt: skip
 RESUMABLE = {  # arguments that a resumed run may change
-    "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "save_replay",
-    "capture_video", "track", "wandb_project", "env_backend", "env_workers", "env_timeout", "resume",
+    "total_timesteps", "eval_every", "eval_episodes", "final_eval_episodes", "checkpoint_every", "keep_checkpoints",
+    "save_replay", "capture_video", "track", "wandb_project", "env_backend", "env_workers", "env_timeout", "resume",
 }  # fmt: skip
 
 
@@ -615,6 +620,7 @@ def main(args: Args) -> None:
     """Trains one agent on the games of `args`; everything it writes is in its run directory."""
     tasks, steps = resolve_tasks(args.suite, args.env_ids)
     args.total_timesteps = steps if args.total_timesteps is None else args.total_timesteps
+    final_episodes = args.final_eval_episodes or 10 * args.eval_episodes
     with Run(args, args.suite or (tasks[0] if args.env_ids else "atari"), args.total_timesteps) as run:
         env_seed, eval_seed = run.seeds()
         workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
@@ -647,7 +653,9 @@ def main(args: Args) -> None:
         while True:
             if run.evaluation_due():
                 act = evaluation_policy(agent, state.critic, args.seed + run.step)
-                if run.log_evaluation(evaluate(act, eval_envs, args.eval_episodes, run.stop)) and args.capture_video:
+                last = run.step >= args.total_timesteps and not args.play
+                episodes = final_episodes if last else args.eval_episodes
+                if run.log_evaluation(evaluate(act, eval_envs, episodes, run.stop)) and args.capture_video:
                     record_videos(act, envs, run)
             if run.checkpoint_due():
                 run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
@@ -716,7 +724,7 @@ ATARI = {  # task: (the emulator's name, random score, human score), Agarwal et 
     "namethisgame": ("NameThisGame", 2292.3, 8049.0), "pitfall": ("Pitfall", -229.4, 6463.7),
     "riverraid": ("Riverraid", 1338.5, 17118.0), "stargunner": ("StarGunner", 664.0, 10250.0),
     "timepilot": ("TimePilot", 3568.0, 5229.2), "tutankham": ("Tutankham", 11.4, 167.6),
-    "venture": ("Venture", 0.0, 1187.5), "videopinball": ("VideoPinball", 16256.9, 17667.9),
+    "venture": ("Venture", 0.0, 1187.5), "videopinball": ("VideoPinball", 0.0, 17667.9),
     "wizardofwor": ("WizardOfWor", 563.5, 4756.5), "yarsrevenge": ("YarsRevenge", 3092.9, 54576.9),
 }  # fmt: skip
 INSTALL = {"atari": "pip install ale-py==0.12.1 opencv-python-headless==4.13.0.92"}
@@ -737,15 +745,24 @@ def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str
     if suite and suite not in SUITES:
         raise UserError(f"unknown suite '{suite}'; suites: {', '.join(SUITES)}")
     tasks, steps = (list(env_ids), 100_000) if env_ids else SUITES[suite or "atari"]
-    for task in tasks:
+    spellings = {plain(name): game for game, (name, *_) in ATARI.items()} | {"sequest": "seaquest"}  # E.1 has a typo
+    for number, task in enumerate(tasks):
         family, _, name = task.partition("/")
-        if family not in ("atari", "gym") or not name:
+        if family not in ("atari", "ALE", "gym") or not name:
             raise UserError(f"unknown task '{task}'; tasks are atari/GAME or gym/ID, such as atari/pong")
-        if family == "atari" and name not in ATARI:
-            raise UserError(f"unknown task '{task}'; atari/ has: {', '.join(ATARI)}")
+        if family != "gym":
+            game = spellings.get(plain(name.removesuffix("-v5")))
+            if game is None:
+                raise UserError(f"unknown task '{task}'; atari/ has: {', '.join(ATARI)}")
+            tasks[number] = f"atari/{game}"
     if len(set(tasks)) < len(tasks):
         raise UserError("a task is named twice in --env-ids")
     return tasks, steps
+
+
+def plain(name: str) -> str:
+    """Up-N-Down, up_n_down and UpNDown are one game."""
+    return re.sub("[-_ ]", "", name).lower()
 
 
 def normalized_score(task: str, episode_return: float) -> float:

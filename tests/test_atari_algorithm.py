@@ -97,15 +97,38 @@ def test_scores_give_the_means_that_table_5_prints(column, mean):
     assert brc.AGGREGATES["mean"](scores) == pytest.approx(mean, abs=6e-4)
 
 
-@pytest.mark.parametrize(
-    ("game", "random", "human"),  # the usual values: Mnih et al. (2015), Wang et al. (2016)
-    [("asteroids", 719.1, 47388.7), ("atlantis", 12850.0, 29028.1), ("double-dunk", -18.6, -16.4),
-     ("fishingderby", -91.7, -38.7), ("pitfall", -229.4, 6463.7), ("venture", 0.0, 1187.5)],
-)  # fmt: skip
-def test_scores_of_transfer_games(game, random, human):
+SCORES = """alien 227.8 7127.7; amidar 5.8 1719.5; assault 222.4 742.0; asterix 210.0 8503.3; bankheist 14.2 753.1;
+battlezone 2360.0 37187.5; boxing 0.1 12.1; breakout 1.7 30.5; choppercommand 811.0 7387.8; crazyclimber 10780.5 35829.4;
+demonattack 152.1 1971.0; freeway 0.0 29.6; frostbite 65.2 4334.7; gopher 257.6 2412.5; hero 1027.0 30826.4;
+jamesbond 29.0 302.8; kangaroo 52.0 3035.0; krull 1598.0 2665.5; kungfumaster 258.5 22736.3; mspacman 307.3 6951.6;
+pong -20.7 14.6; privateeye 24.9 69571.3; qbert 163.9 13455.0; roadrunner 11.5 7845.0; seaquest 68.4 42054.7;
+updown 533.4 11693.2; asteroids 719.1 47388.7; atlantis 12850.0 29028.1; beamrider 363.9 16926.5; berzerk 123.7 2630.4;
+bowling 23.1 160.7; centipede 2090.9 12017.0; double-dunk -18.6 -16.4; fishingderby -91.7 -38.7; gravitar 173.0 3351.4;
+icehockey -11.2 0.9; namethisgame 2292.3 8049.0; pitfall -229.4 6463.7; riverraid 1338.5 17118.0;
+stargunner 664.0 10250.0; timepilot 3568.0 5229.2; tutankham 11.4 167.6; venture 0.0 1187.5; videopinball 0.0 17667.9;
+wizardofwor 563.5 4756.5; yarsrevenge 3092.9 54576.9"""  # game, random, human: Agarwal et al. (2021)
+
+
+@pytest.mark.parametrize("row", SCORES.split(";"), ids=lambda row: row.split()[0])
+def test_scores_of_random_and_human_play(row):
+    game, *scores = row.split()
+    random, human = map(float, scores)
     assert brc.normalized_score(f"atari/{game}", random) == 0
     assert brc.normalized_score(f"atari/{game}", human) == 1
     assert brc.normalized_score(f"atari/{game}", (random + human) / 2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("named", "task"),
+    [("atari/sequest", "seaquest"), ("atari/Seaquest", "seaquest"), ("atari/updown", "updown"),
+     ("atari/UpNDown", "updown"), ("atari/up-n-down", "updown"), ("atari/up_n_down", "updown"),
+     ("ALE/Pong-v5", "pong"), ("atari/Double_Dunk", "double-dunk"), ("atari/MsPacman", "mspacman")],
+)  # fmt: skip
+def test_games_by_other_names(named, task):
+    """The paper's spelling, the emulator's, Gymnasium's, and any case."""
+    assert brc.resolve_tasks(None, (named,)) == ([f"atari/{task}"], 100_000)
+    with pytest.raises(brc.UserError, match="named twice"):
+        brc.resolve_tasks(None, (named, f"atari/{task}"))
 
 
 def test_every_game_has_its_own_scores():

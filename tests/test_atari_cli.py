@@ -100,7 +100,8 @@ def finished(tmp_path_factory):
     patch.setattr("builtins.print", lambda *args, **kwargs: printed.append(" ".join(map(str, args))))
     try:
         train(
-            *("--env-ids", "atari/breakout", LIVES, *SMALL, "--eval-episodes", 2, "--total-timesteps", 300),
+            *("--env-ids", "atari/breakout", LIVES, *SMALL, "--eval-episodes", 2, "--final-eval-episodes", 2),
+            *("--total-timesteps", 300),
             *("--learning-starts", 100, "--eval-every", 200, "--checkpoint-every", 150, "--keep-checkpoints", 2),
             *("--save-replay", "--capture-video", "--run-root", root, "--run-name", "whole", "--buffer-size", 250),
         )
@@ -321,6 +322,13 @@ def copied(trained, tmp_path) -> Path:
     """A copy of it that a test may change."""
     shutil.copytree(trained[1], tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def test_the_last_evaluation_plays_more_games(trained):
+    rows = curve(trained[1])
+    assert [(row["step"], row["episodes"]) for row in rows] == [
+        (step, episodes) for step, episodes in (("0", "3"), ("60", "3"), ("120", "30")) for _ in range(2)
+    ]
 
 
 def test_same_seed_same_run(trained, tmp_path):
