@@ -417,7 +417,7 @@ class SleepingTask:
     """An environment whose step takes `seconds` without computing, like one that runs on other cores."""
 
     seconds = 0.0
-    task_numbers, num_envs, observation_dims, action_dims = [0], 1, [20], [6]
+    task_numbers, num_envs, observation_dims, action_dims = [0], 1, [308], [61]  # hb-hard's
 
     def send(self, actions, rows):
         self.ready = time.perf_counter() + self.seconds
@@ -433,15 +433,16 @@ class SleepingTask:
 
 @dataclass
 class Overlap:
-    """Wall time of a step of the script's loop against max(environment, update), with environments that sleep."""
+    """Wall time of a step of the script's loop against max(environment, update), with environments that sleep and with
+    observations and batches of full size to gather."""
 
     critic_width: int = 256
     """critic width"""
-    batch_size: int = 256
+    batch_size: int = 1024
     """transitions per update"""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """environment time over update time"""
-    steps: int = 150
+    steps: int = 60
     """steps to time"""
 
     def __call__(self) -> list[dict]:
