@@ -745,7 +745,8 @@ def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str
     if suite and suite not in SUITES:
         raise UserError(f"unknown suite '{suite}'; suites: {', '.join(SUITES)}")
     tasks, steps = (list(env_ids), 100_000) if env_ids else SUITES[suite or "atari"]
-    spellings = {plain(name): game for game, (name, *_) in ATARI.items()} | {"sequest": "seaquest"}  # E.1 has a typo
+    spellings = {plain(name): game for game, (own, *_) in ATARI.items() for name in (game, own)}
+    spellings["sequest"] = "seaquest"  # as E.1 prints it
     for number, task in enumerate(tasks):
         family, _, name = task.partition("/")
         if family not in ("atari", "ALE", "gym") or not name:
