@@ -648,9 +648,9 @@ def make_agent(
     )  # fmt: skip
 
 
-def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedSharding]:
-    """--shard: the ensembles in `state` (critics, targets, moments), laid over all devices: members first, then each
-    layer's outputs. The rest is on every device, and so are batches, by the layout returned last.
+def layouts(state: AgentState) -> tuple[AgentState, NamedSharding]:
+    """--shard: a layout for every leaf. The ensembles (critics, targets, moments) lie over all devices, members first,
+    then each layer's outputs; the rest is on every device, and so are batches, by the layout returned last.
 
     Weights stay where they are, and activations travel, as a batch has fewer rows than a layer has units.
     """
@@ -668,9 +668,14 @@ def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedShar
             axes[divisible[0]] = "width"
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    layouts = jax.tree_util.tree_map_with_path(layout, state)
-    update = jax.jit(agent.update, donate_argnums=0, out_shardings=(layouts, None))
-    return agent._replace(update=update), jax.device_put(state, layouts), NamedSharding(mesh, PartitionSpec())
+    return jax.tree_util.tree_map_with_path(layout, state), NamedSharding(mesh, PartitionSpec())
+
+
+def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedSharding]:
+    """The agent with `state` laid out so, also by its updates, and the layout of batches."""
+    laid_out, everywhere = layouts(state)
+    update = jax.jit(agent.update, donate_argnums=0, out_shardings=(laid_out, None))
+    return agent._replace(update=update), jax.device_put(state, laid_out), everywhere
 
 
 # -------------------------------------------------------------------------------------------------------------- replay

@@ -1,12 +1,13 @@
 """How fast brc_sac_continuous.py and brc_drq_atari.py are, as ratios measured in one run of one machine.
 
-Five questions, each answered on the scripts' own code:
+Six questions, each answered on the scripts' own code:
   1. update   what share of the machine's matrix product and memory rates does the compiled update reach, and how long
               does acting take?
   2. steps    how many vector steps per second do environments and updates make together, with and without overlap?
   3. loop     of the training loop's wall time, how much is neither environment nor update?
   4. overlap  with environments that sleep, how close is a step to max(environment, update)?
   5. environments  how many vector steps per second do the parallel environments make, and how many does a plain loop?
+  6. plan     what would an update sharded over several devices compute, hold and send, and take at given rates?
 
   python benchmark/speed.py update --widths 256 1024 --batch-size 1024
   python benchmark/speed.py update --script drq --widths 512 --dtype bfloat16 --calls 2     # Table 4's size
@@ -15,6 +16,7 @@ Five questions, each answered on the scripts' own code:
   python benchmark/speed.py loop --env-ids dmc/walker-walk metaworld/reach --critic-width 128 --batch-size 128
   python benchmark/speed.py overlap
   python benchmark/speed.py environments --suites metaworld dmc-dogs mw-dmc
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 python benchmark/speed.py plan --widths 4096 8192   # a prediction
 
 Absolute times depend on the machine and on what else runs there; the ratios are what to compare.
 """
@@ -22,8 +24,10 @@ Absolute times depend on the machine and on what else runs there; the ratios are
 import contextlib
 import io
 import json
+import math
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
@@ -575,6 +579,67 @@ class Environments:
         return calls / elapsed
 
 
+@dataclass
+class Plan:
+    """What the compiled update of --shard computes, holds and sends on each of this process' devices, which may be
+    virtual, and a prediction of its time on real ones: products, memory and links one after the other. Nothing is run.
+    """
+
+    widths: tuple[int, ...] = (4096, 8192)
+    """critic widths"""
+    num_tasks: int = 50
+    """tasks"""
+    observation_dim: int = 39
+    """|S|"""
+    action_dim: int = 4
+    """|A|"""
+    matmul_tflop_per_s: float = 340
+    """rate of matrix products of one device (default: measured, H100, TF32)"""
+    memory_gbyte_per_s: float = 2570
+    """rate of its memory (default: measured, H100)"""
+    link_gbyte_per_s: float = 450
+    """rate of its links in one direction (default: NVLink 4's data sheet)"""
+
+    def __call__(self) -> list[dict]:
+        return [self.predict(width) for width in self.widths]
+
+    def predict(self, width: int) -> dict:
+        args, devices = brc.Args(critic_width=width, batch_size=1024), jax.device_count()
+        agent = brc.make_agent(args, self.num_tasks, self.observation_dim, self.action_dim)
+        state = jax.eval_shape(lambda: agent.init(0))
+        laid_out, everywhere = brc.layouts(state)
+        placed = lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)  # noqa: E731
+        batches = random_batch(args.utd, args.batch_size, self.observation_dim, self.action_dim, self.num_tasks)
+        update = jax.jit(agent.update, donate_argnums=0, out_shardings=(laid_out, None)).lower(
+            jax.tree.map(placed, state, laid_out), jax.tree.map(lambda leaf: placed(leaf, everywhere), batches),
+            np.full(self.num_tasks, 50, np.float32),
+        ).compile()  # fmt: skip
+        memory = update.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        sent = [array_bytes(result) for result in COLLECTIVE.findall(update.as_text())]
+        embedding = args.embedding_size
+        flops = matmul_flops(args, self.observation_dim, self.action_dim, embedding) / devices
+        moved = update.cost_analysis()["bytes accessed"]
+        times = flops / self.matmul_tflop_per_s / 1e9, moved / self.memory_gbyte_per_s / 1e6
+        link = sum(sent) / self.link_gbyte_per_s / 1e6
+        return {
+            "width": width, "devices": devices, "gflop": round(flops / 1e9), "moved_gbyte": round(moved / 1e9, 1),
+            "held_gbyte": round(held / 1e9, 2), "collectives": len(sent), "sent_gbyte": round(sum(sent) / 1e9, 3),
+            "largest_collective_mbyte": round(max(sent, default=0) / 1e6, 1),
+            "predicted_ms": round(sum(times) + link, 1), "products_ms": round(times[0], 1),
+            "memory_ms": round(times[1], 1), "links_ms": round(link, 2),
+        }  # fmt: skip
+
+
+COLLECTIVE = re.compile(r" = (.+?) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def array_bytes(result: str) -> int:
+    """Bytes of the float32 arrays that a line of XLA's text names."""
+    shapes = re.findall(r"f32\[([\d,]*)\]", result)
+    return 4 * sum(math.prod(map(int, shape.split(","))) if shape else 1 for shape in shapes)
+
+
 def main() -> None:
     Command = (
         Annotated[Update, tyro.conf.subcommand("update")]
@@ -582,6 +647,7 @@ def main() -> None:
         | Annotated[Loop, tyro.conf.subcommand("loop")]
         | Annotated[Overlap, tyro.conf.subcommand("overlap")]
         | Annotated[Environments, tyro.conf.subcommand("environments")]
+        | Annotated[Plan, tyro.conf.subcommand("plan")]
     )
     command = tyro.cli(Command, description=__doc__)
     rows = command()
