@@ -2018,6 +2018,8 @@ class ParallelEnvs:
     step of the whole one.
     """
 
+    action_repeat = 1  # steps for which evaluate holds an action: offline data may have been collected so
+
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str, workers: EnvWorkers | None = None):
         self.tasks, seeds = tasks, (np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30).tolist()
         self.pools = self.make_pools(num_envs, seeds, backend, workers or EnvWorkers())
@@ -2130,11 +2132,14 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
     """
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    observations = envs.reset()
+    observations, actions = envs.reset(), np.zeros((envs.size, envs.action_dim), np.float32)
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop or envs.interrupted:
             return None
-        envs.send(act_in_rows(act, observations, envs.task_ids, np.flatnonzero(~finished)), resting=finished)
+        deciding = np.flatnonzero(~finished & (envs.episode_length % envs.action_repeat == 0))
+        if len(deciding):
+            actions[deciding] = act_in_rows(act, observations, envs.task_ids, deciding)[deciding]
+        envs.send(actions, resting=finished)
         step = envs.recv()
         observations = step.observations
         for row in np.flatnonzero(step.done):
@@ -2174,7 +2179,7 @@ def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
     evaluate. What cannot be drawn is a warning."""
     for task_id, task in enumerate(envs.tasks):
         try:
-            frames = episode_frames(act, task, task_id, envs.observation_dim, run.stop)
+            frames = episode_frames(act, task, task_id, envs, run.stop)
             if run.stop:
                 return
             import imageio
@@ -2188,7 +2193,7 @@ def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
             tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
 
 
-def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int, stop: list) -> list[np.ndarray]:
+def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, stop: list) -> list[np.ndarray]:
     env = make_env(task, render_mode="rgb_array")
     render, frames = frame_renderer(env), []
     observation, done = env.reset()[0], False
@@ -2197,9 +2202,10 @@ def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int,
             frames.append(render())
         if done or stop:
             break
-        padded = np.zeros((1, observation_dim), np.float32)
-        padded[0, : len(observation)] = observation
-        action = np.asarray(act(padded, np.array([task_id])))[0]
+        if time_step % envs.action_repeat == 0:
+            padded = np.zeros((1, envs.observation_dim), np.float32)
+            padded[0, : len(observation)] = observation
+            action = np.asarray(act(padded, np.array([task_id])))[0]
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()

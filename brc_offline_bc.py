@@ -20,10 +20,12 @@ data are cloned by likelihood or by squared error. In the notation of brc_sac_co
 
   actor loss       mean[alpha log pi(a~|s) - Q(s, a~)] / sg(mean |Q(s, a~)|) + c BC,   a~ ~ pi(s)
   BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC, c = --bc-coef;
-                   |a| <= .999 and the standard deviation >= e^-2 there, so that no single action decides
+                   |a| <= .999 and the standard deviation >= e^-2 there, so that no single action decides;
+                   it sets the policy's spread, so alpha = 0: no entropy bonus, in no loss
   BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           as in TD3+BC and FQL
   critic loss, temperature, task embeddings, target critic                  as in SAC+BRC (Section 3, B, C.1-C.4)
   normalization    r <- r V_max / (G_i + lambda_i), G_i the largest return in the data of task i      (Eq. 2-4)
+  evaluation       by a moving average of the actor's parameters (ours; --actor-average-rate 1: by the actor)
 
 sg: no gradient. |A|: the task's own number of action dimensions, so that c means the same for every body. --bc-only
 leaves the first term out (behavioral cloning); --bc-coef 0 leaves the second out (offline SAC+BRC). Data may be larger
@@ -129,6 +131,8 @@ class Args:
     """seconds after which one of them counts as hung: it is started again, and its episodes are dropped"""
     total_updates: NonNegativeInt = 1_000_000
     """length of the training; 0 builds everything and exits"""
+    clip_actions: bool = False
+    """clip recorded actions to [-1, 1], as the environment would; without it, data with others are refused"""
     last_transitions: Annotated[int | None, "[1, inf)"] = None
     """learn from this many newest transitions of each task only: of a run that learned, the expert's part"""
     eval_every: PositiveInt = 25_000
@@ -160,6 +164,9 @@ class Args:
     """transitions per update, over all tasks, each task equally likely (Table 3)"""
     polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 3)"""
+    actor_average_rate: Annotated[float, "(0, 1]"] = 2e-3
+    """rate of the moving average of the actor's parameters, with which evaluation and films act; 1 is the actor itself,
+    as in the paper (default: steadier, see benchmark/results/README.md)"""
     actor_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the actor (Table 3)"""
     critic_lr: NonNegativeFloat = 3e-4
@@ -349,6 +356,7 @@ class AgentState(NamedTuple):
 
     actor: Any  # parameters; *_optimizer: the optimizer's state
     actor_optimizer: Any
+    average_actor: Any  # moving average of the actor's parameters, which evaluation uses
     critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
     critic_optimizer: Any
     target_critic: Any  # as critic, its own averaged embedding included
@@ -394,11 +402,14 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
         if use_embedding:
             critic["embedding"] = embedding_network.init(embedding_key, task_ids)
-        # Nothing but the critic would hold the temperature back, and cloning does not listen to it: no entropy then.
-        log_temperature = jnp.log(jnp.float32(0 if args.bc_only else args.initial_temperature))
+        # Likelihood sets the policy's spread by itself, and cloning alone does not listen to the temperature, which
+        # would rise without end against either and carry the targets out of the support: no entropy then.
+        clones_spread = args.bc_only or (args.bc_loss == "nll" and args.bc_coef > 0)
+        log_temperature = jnp.log(jnp.float32(0 if clones_spread else args.initial_temperature))
         return AgentState(
-            actor, actor_optimizer.init(actor), critic, critic_optimizer.init(critic), jax.tree.map(jnp.copy, critic),
-            log_temperature, temperature_optimizer.init(log_temperature), jnp.zeros(num_tasks), key,
+            actor, actor_optimizer.init(actor), jax.tree.map(jnp.copy, actor), critic, critic_optimizer.init(critic),
+            jax.tree.map(jnp.copy, critic), log_temperature, temperature_optimizer.init(log_temperature),
+            jnp.zeros(num_tasks), key,
         )  # fmt: skip
 
     # Copied from brc_sac_continuous.py
@@ -474,7 +485,11 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         (actor_loss_value, aux), actor_gradient = actor_value_and_grad(state.actor, state, batch, actor_key)
         log_probs, parts = aux
         changes, opt_state = actor_optimizer.update(actor_gradient, state.actor_optimizer, state.actor)
-        state = state._replace(actor=optax.apply_updates(state.actor, changes), actor_optimizer=opt_state)
+        actor = optax.apply_updates(state.actor, changes)
+        # The mean of all actors so far, until there are 1 / rate of them: the first one is soon forgotten.
+        rate = jnp.maximum(args.actor_average_rate, 1 / optax.tree.get(opt_state, "count"))
+        average_actor = optax.incremental_update(actor, state.average_actor, rate)
+        state = state._replace(actor=actor, actor_optimizer=opt_state, average_actor=average_actor)
 
         counts = jnp.zeros(num_tasks).at[batch.task_ids].add(1.0)
         task_entropy = jnp.zeros(num_tasks).at[batch.task_ids].add(-log_probs) / jnp.maximum(counts, 1)
@@ -551,8 +566,12 @@ class Dataset:
     episode's final observation is not valid: it is no transition.
     """
 
-    def __init__(self, tasks: list[str], paths: list[Path], envs: "ParallelEnvs", last: int | None, discount: float):
-        """last: how many of each task's newest transitions to take, None for all."""
+    def __init__(
+        self, tasks: list[str], paths: list[Path], envs: "ParallelEnvs", last: int | None, discount: float,
+        clip_actions: bool = False,
+    ):  # fmt: skip
+        """last: how many of each task's newest transitions to take, None for all. Raises UserError for data that do not
+        fit or cannot be learned from."""
         self.observation_dim, self.action_dim = envs.observation_dim, envs.action_dim
         self.records, self.starts, returns = [], [], []
         for task, path, *sizes in zip(tasks, paths, envs.observation_dims, envs.action_dims, strict=True):
@@ -561,7 +580,7 @@ class Dataset:
             if not len(starts):
                 raise UserError(f"{path}: no transition of {task} in it")
             newest = records[starts[0] :]
-            self.check_content(path, newest)
+            self.check_content(path, newest, clip_actions)
             is_cut = bool(starts[0] > 0 and records["valid"][starts[0] - 1])
             returns.append(returns_of(newest, discount, is_cut))
             self.records.append(records)
@@ -582,16 +601,18 @@ class Dataset:
             raise UserError(f"{path} does not fit {task}: it has {records.dtype.descr}, the task {dtype.descr}")
         return records
 
-    def check_content(self, path: Path, records: np.ndarray, rows: int = 100_000) -> None:
-        """Raises UserError for values that are not finite and actions outside [-1, 1]; reads `rows` at a time."""
+    def check_content(self, path: Path, records: np.ndarray, clip_actions: bool, rows: int = 100_000) -> None:
+        """Raises UserError for values that are not finite and, unless they are to be clipped, for actions outside
+        [-1, 1]; reads `rows` at a time."""
         for first in range(0, len(records), rows):
             part = records[first : first + rows]
             for name in ("observation", "action", "reward"):
                 values = part[name] if name == "observation" else part[name][part["valid"]]
                 if not np.isfinite(values).all():
                     raise UserError(f"{path}: {name} holds values that are not finite")
-                if name == "action" and len(values) and np.abs(values).max() > 1 + 1e-5:
-                    raise UserError(f"{path}: actions reach {np.abs(values).max():.3g}, but must be in [-1, 1]")
+                if name == "action" and not clip_actions and np.abs(values).max(initial=0) > 1 + 1e-5:
+                    largest = np.abs(values).max()
+                    raise UserError(f"{path}: actions reach {largest:.3g}, not in [-1, 1]; clip them: --clip-actions")
 
     def sample(self, rng: np.random.Generator, batch_size: int) -> Batch:
         """A batch [batch_size, ...]: every task is equally likely, and so is every transition of a task."""
@@ -606,7 +627,7 @@ class Dataset:
             size = now["observation"].shape[1]
             observations[rows, :size] = now["observation"]
             next_observations[rows, :size] = records["observation"][starts + 1]
-            actions[rows, : now["action"].shape[1]] = now["action"]
+            actions[rows, : now["action"].shape[1]] = np.clip(now["action"], -1, 1)
             rewards[rows], terminated[rows] = now["reward"], now["terminated"]
         return Batch(observations, actions, rewards, terminated, next_observations, task_ids)
 
@@ -675,6 +696,21 @@ def dataset_tasks(args: Args) -> list[str]:
             have = ", ".join(sorted(path.stem for path in folder.glob("*.npy")))
             raise UserError(f"{folder} has no data of {task}; it has: {have}")
     return tasks
+
+
+def how_collected(args: Args, tasks: list[str]) -> tuple[int, dict[str, int]]:
+    """Steps for which each recorded action was held, and the pieces that each task's episodes were cut into: 1, unless
+    a converter's dataset.json (for --play, the run's args.json) says otherwise."""
+    path = Path(args.play, "args.json") if args.play else Path(args.dataset[0], "dataset.json")
+    try:
+        about = json.loads(path.read_text()) if path.is_file() else {}
+        action_repeat = about.get("action_repeat", 1)
+        pieces = {task: about.get("pieces_per_episode", {}).get(task, 1) for task in tasks}
+        if not all(isinstance(value, int) and value >= 1 for value in (action_repeat, *pieces.values())):
+            raise ValueError("action_repeat and pieces_per_episode must be whole numbers from 1 on")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return action_repeat, pieces
 
 
 def data_files(args: Args, tasks: list[str], run_dir: Path) -> list[Path]:
@@ -784,13 +820,14 @@ def main(args: Args) -> None:
         workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
         copies = eval_copies(len(tasks), args.eval_episodes)
         eval_envs = ParallelEnvs(tasks, copies, args.seed, args.env_backend, workers)
+        eval_envs.action_repeat, pieces = how_collected(args, tasks)
         data, about_data = None, {}
         if not args.play:
             files = data_files(args, tasks, run.directory)
-            data = Dataset(tasks, files, eval_envs, args.last_transitions, args.discount)
-            counts = map(len, data.starts)
-            about_data["data_transitions"] = dict(zip(tasks, counts, strict=True))
-            about_data["data_mean_return"] = dict(zip(tasks, data.mean_return, strict=True))
+            data = Dataset(tasks, files, eval_envs, args.last_transitions, args.discount, args.clip_actions)
+            about_data["data_transitions"] = dict(zip(tasks, map(len, data.starts), strict=True))
+            mean_returns = zip(tasks, data.mean_return, strict=True)
+            about_data["data_mean_return"] = {task: mean * pieces[task] for task, mean in mean_returns}
         sizes = eval_envs.observation_dim, eval_envs.action_dim
         agent = make_agent(args, len(tasks), *sizes, eval_envs.action_dims)
         rng = np.random.default_rng(args.seed)
@@ -800,11 +837,13 @@ def main(args: Args) -> None:
         print(f"tasks: {len(tasks)}, |S| = {sizes[0]}, |A| = {sizes[1]}; parameters: "
               f"{parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
               f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
-        for task, starts, mean_return in zip(tasks, data.starts, data.mean_return, strict=True) if data else ():
-            print(f"data: {task} {len(starts):,} transitions, mean return {mean_return:.1f}")
+        for task in tasks if data else ():
+            cut = f", episodes in {pieces[task]} pieces" * (pieces[task] > 1)
+            print(f"data: {task} {about_data['data_transitions'][task]:,} transitions{cut}, "
+                  f"mean return {about_data['data_mean_return'][task]:.1f}")  # fmt: skip
         if args.resume:
             check_same_data(Path(args.resume), **about_data)
-        run.start(env_info=eval_envs.information(), **about_data)
+        run.start(env_info=eval_envs.information(), action_repeat=eval_envs.action_repeat, **about_data)
         if args.total_updates == 0:
             return eval_envs.close()
         rng_state = rng.bit_generator.state
@@ -812,7 +851,7 @@ def main(args: Args) -> None:
 
         while True:
             if run.evaluation_due():
-                act = partial(agent.act_deterministic, state.actor, state.critic)
+                act = partial(agent.act_deterministic, state.average_actor, state.critic)
                 evaluated = run.log_evaluation(evaluate(act, eval_envs, args.eval_episodes, run.stop))
                 if evaluated and args.capture_video:
                     record_videos(act, eval_envs, run)
@@ -1573,6 +1612,8 @@ class ParallelEnvs:
     step of the whole one.
     """
 
+    action_repeat = 1  # steps for which evaluate holds an action: offline data may have been collected so
+
     def __init__(self, tasks: list[str], num_envs: int, seed: int, backend: str, workers: EnvWorkers | None = None):
         self.tasks, seeds = tasks, (np.random.SeedSequence(seed).generate_state(len(tasks)) % 2**30).tolist()
         self.pools = self.make_pools(num_envs, seeds, backend, workers or EnvWorkers())
@@ -1685,11 +1726,14 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
     """
     returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
     quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
-    observations = envs.reset()
+    observations, actions = envs.reset(), np.zeros((envs.size, envs.action_dim), np.float32)
     while not (finished := np.array([len(r) for r in returns]) >= quota).all():
         if stop or envs.interrupted:
             return None
-        envs.send(act_in_rows(act, observations, envs.task_ids, np.flatnonzero(~finished)), resting=finished)
+        deciding = np.flatnonzero(~finished & (envs.episode_length % envs.action_repeat == 0))
+        if len(deciding):
+            actions[deciding] = act_in_rows(act, observations, envs.task_ids, deciding)[deciding]
+        envs.send(actions, resting=finished)
         step = envs.recv()
         observations = step.observations
         for row in np.flatnonzero(step.done):
@@ -1729,7 +1773,7 @@ def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
     evaluate. What cannot be drawn is a warning."""
     for task_id, task in enumerate(envs.tasks):
         try:
-            frames = episode_frames(act, task, task_id, envs.observation_dim, run.stop)
+            frames = episode_frames(act, task, task_id, envs, run.stop)
             if run.stop:
                 return
             import imageio
@@ -1743,7 +1787,7 @@ def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
             tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
 
 
-def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int, stop: list) -> list[np.ndarray]:
+def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, stop: list) -> list[np.ndarray]:
     env = make_env(task, render_mode="rgb_array")
     render, frames = frame_renderer(env), []
     observation, done = env.reset()[0], False
@@ -1752,9 +1796,10 @@ def episode_frames(act: Callable, task: str, task_id: int, observation_dim: int,
             frames.append(render())
         if done or stop:
             break
-        padded = np.zeros((1, observation_dim), np.float32)
-        padded[0, : len(observation)] = observation
-        action = np.asarray(act(padded, np.array([task_id])))[0]
+        if time_step % envs.action_repeat == 0:
+            padded = np.zeros((1, envs.observation_dim), np.float32)
+            padded[0, : len(observation)] = observation
+            action = np.asarray(act(padded, np.array([task_id])))[0]
         observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
         done = terminated or truncated
     env.close()

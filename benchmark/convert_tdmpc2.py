@@ -9,14 +9,15 @@
 
 A chunk is a TensorDict [episodes, T] (T = 501 in mt30, 101 in mt80) of obs [.., |S|], action [.., |A|], reward, task,
 padded with zeros to the widest task. Step t holds the observation at t and the action and reward that led to it: those
-of step 0 are NaN. The files are pickles: they are read with torch's weights_only loader, which builds tensors and
-TensorDicts and refuses anything else.
-
-The data were collected with every action repeated twice; brc_offline_bc.py evaluates without repeats.
+of an episode's step 0 are NaN. An episode of DMC has 500 decisions: in mt80 it is cut into five pieces of 101 steps, of
+which later ones may begin with a reward; which pieces belong together is not said, so that transition is left out. The
+files are pickles: they are read with torch's weights_only loader, which builds tensors and TensorDicts and refuses
+anything else.
 
 Out: one .npy per task of records (observation, action, reward, terminated, valid), of which the one with the final
-observation of an episode is not valid, and dataset.json with the tasks' names. This file needs torch, so it has
-dependencies of its own.
+observation of an episode or piece is not valid, and dataset.json with the tasks' names, with action_repeat, 2, as every
+action was applied twice and evaluation has to do the same, and with the pieces per episode. This file needs torch, so
+it has dependencies of its own.
 """
 
 import json
@@ -46,6 +47,8 @@ faucet-close hammer handle-press-side handle-press handle-pull-side handle-pull 
 peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side plate-slide-back
 plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer stick-push stick-pull sweep-into
 sweep window-open window-close bin-picking box-close door-lock door-unlock hand-insert""".split()
+ACTION_REPEAT = 2  # of TD-MPC2's environments, DMC and Meta-World alike
+DECISIONS = {"dmc": 500, "metaworld": 100}  # of an episode
 TASKS = {  # in the order of the chunks' task numbers, by this project's names
     "mt30": [f"dmc/{task}" for task in DMC],
     "mt80": [f"dmc/{task}" for task in DMC] + [f"metaworld/{task}" for task in METAWORLD],
@@ -79,10 +82,10 @@ def load(path: Path):
         missing = {"obs", "action", "reward", "task"} - set(chunk.keys())
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if chunk.ndim != 2 or not chunk.numel():
+        if chunk.ndim != 2 or not chunk.numel() or chunk.shape[1] < 2:
             raise ValueError(f"shape {tuple(chunk.shape)}, not episodes x steps")
-        if not torch.isnan(chunk["reward"][:, 0]).all():
-            raise ValueError("the first reward of an episode should be NaN")
+        if torch.isnan(chunk["reward"][:, 1:]).any():
+            raise ValueError("only the first reward of an episode may be NaN")
     except Exception as error:  # torch's and pickle's own, of many kinds
         sys.exit(f"error: {path} is not a chunk of TD-MPC2's data: {' '.join(str(error).split())}")
     return chunk
@@ -128,7 +131,9 @@ def main(args: Args) -> None:
     for file in files.values():
         file.flush()
     found = [names[number] for number in files]
-    (args.out / "dataset.json").write_text(json.dumps({"env_info": {"task_names": found}}, indent=2))
+    pieces = {task: max(1, DECISIONS[task.split("/")[0]] // (chunk.shape[1] - 1)) for task in found}
+    about = {"env_info": {"task_names": found}, "action_repeat": ACTION_REPEAT, "pieces_per_episode": pieces}
+    (args.out / "dataset.json").write_text(json.dumps(about, indent=2))
     print(f"{args.out}: {len(found)} tasks, {int(lengths.sum()):,} records")
 
 

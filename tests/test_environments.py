@@ -786,6 +786,24 @@ def test_finished_copies_rest():
         assert [env.env.unwrapped.steps for env in pool.envs] == [length] * pool.num_envs
 
 
+@pytest.mark.parametrize("action_repeat", [1, 2, 3])
+def test_evaluate_holds_an_action(action_repeat):
+    """From an episode's first step on, and anew in the next episode; Counter shows [episode, t, action of step t]."""
+    envs, decisions = local_envs(brc, gym_tasks("Truncates3", "Terminates5"), (2, 1)), []
+    envs.action_repeat = action_repeat
+
+    def act(observations, task_ids):
+        decisions.extend(map(tuple, np.column_stack([task_ids, observations[:, :3]]).round(3)))
+        return (observations[:, 1:2] + 1) / 10
+
+    assert [row["episodes"] for row in brc.evaluate(act, envs, 4, [])] == [4, 4]
+    for number, length in enumerate((3, 5)):
+        times = range(0, length, action_repeat)
+        held = [round(t - action_repeat + 1) if t else 0 for t in times]  # tenths, since the last decision
+        seen = {(round(t), round(10 * action)) for task, _, t, action in decisions if task == number and t < length}
+        assert seen == set(zip(times, held, strict=True))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40, 100])
 def test_actions_go_to_the_rows_that_act(size):
     rng, sizes = np.random.default_rng(size), set()

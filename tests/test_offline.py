@@ -231,6 +231,53 @@ def test_bad_values_in_data(name, value, words, tmp_path):
         brc.Dataset(["gym/A"], [path], Sizes((2, 2)), None, 0.99)
 
 
+def test_actions_beyond_the_bounds_are_clipped_when_asked(tmp_path):
+    path = write(tmp_path, "gym/A", random_episodes(np.random.default_rng(0), 9))
+    records = np.load(path)
+    records["action"][np.flatnonzero(records["valid"])] *= 3
+    np.save(path, records)
+    with pytest.raises(brc.UserError, match="--clip-actions"):
+        brc.Dataset(["gym/A"], [path], Sizes((2, 2)), None, 0.99)
+    data = brc.Dataset(["gym/A"], [path], Sizes((2, 2)), None, 0.99, clip_actions=True)
+    batch = data.sample(np.random.default_rng(0), 500)
+    expected = {tuple(np.clip(action, -1, 1)) for action in records["action"][records["valid"]]}
+    assert {tuple(action) for action in batch.actions} == expected and np.abs(batch.actions).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [({"action_repeat": 0}, "action_repeat"), ({"action_repeat": "2"}, "action_repeat"),
+     ({"pieces_per_episode": {POINTS[0]: 2.5}}, "pieces_per_episode"), ({"pieces_per_episode": 5}, "damaged"),
+     ([], "damaged")],
+)  # fmt: skip
+def test_a_converters_description_that_makes_no_sense(about, words, tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    write(tmp_path, POINTS[0], random_episodes(np.random.default_rng(0), 3))
+    with pytest.raises(brc.UserError, match=words):
+        brc.how_collected(brc.Args(dataset=(str(tmp_path),)), POINTS[:1])
+
+
+def test_evaluation_repeats_actions_as_the_data_did(mixed_data, tmp_path, monkeypatch, capsys):
+    """With dataset.json's action_repeat, and --play of that run without the data; a return is of whole episodes."""
+    data, held = tmp_path / "data", []
+    shutil.copytree(mixed_data, data)
+    about = json.loads((data / "dataset.json").read_text())
+    about |= {"action_repeat": 3, "pieces_per_episode": {POINTS[0]: 5}}
+    (data / "dataset.json").write_text(json.dumps(about))
+    evaluate = brc.evaluate
+    monkeypatch.setattr(
+        brc, "evaluate", lambda act, envs, *rest: held.append(envs.action_repeat) or evaluate(act, envs, *rest)
+    )
+    train("--dataset", data, *SMALL, "--total-updates", 10, "--run-root", tmp_path, "--run-name", "run")
+    information = json.loads((tmp_path / "run" / "args.json").read_text())
+    pieces = [brc.returns_of(np.load(data / f"{brc.file_name(task)}.npy"), 0.99, False)[1] for task in POINTS]
+    assert list(information["data_mean_return"].values()) == [5 * pieces[0], pieces[1]]
+    assert "episodes in 5 pieces" in capsys.readouterr().out
+    shutil.rmtree(data)
+    train("--play", tmp_path / "run")
+    assert held == [3] * len(held) and len(held) == 3
+
+
 def test_user_errors(tmp_path, monkeypatch, capfd):
     write(tmp_path / "data", POINTS[0], random_episodes(np.random.default_rng(0), 3))
     data = tmp_path / "data"
@@ -358,6 +405,38 @@ def test_bc_only_has_no_temperature_that_could_run_away():
     assert np.isfinite([float(value) for value in metrics.values()]).all()
     scale = args.v_max / np.array([5.0, 2.0])[batch.task_ids]
     assert metrics["rewards/normalized_mean"] == pytest.approx((batch.rewards * scale).mean(), rel=1e-4)
+
+
+def test_cloning_by_likelihood_keeps_targets_inside_the_support(mixed_data):
+    """Its policy is as sharp as the data, whatever the temperature: an entropy bonus of that kind drove every target to
+    V_min (-9.7 of -10 after 2,000 updates). The value is what the data's rewards are worth."""
+    data = brc.Dataset(
+        POINTS, [mixed_data / f"{brc.file_name(t)}.npy" for t in POINTS], Sizes((2, 2), (2, 2)), None, 0.9
+    )
+    size = {"critic_width": 32, "critic_depth": 1, "actor_width": 32, "batch_size": 64, "discount": 0.9}
+    for bc_coef in (0.03, 1.0):
+        agent = brc.make_agent(brc.Args(**size, bc_loss="nll", bc_coef=bc_coef), 2, 2, 2, [2, 2])
+        state, rng, largest = agent.init(0), np.random.default_rng(0), data.max_return
+        for _ in range(1500):
+            state, metrics = agent.update(state, data.sample(rng, 64), largest)
+        assert metrics["policy/temperature"] == 0
+        assert -9 < metrics["q/target_min"] and metrics["q/target_max"] < 10.01
+        assert metrics["policy/entropy"] > -6, "a policy without spread"
+
+
+def test_average_actor_against_a_loop():
+    """The plain mean of all actors until there are 1 / rate of them, a moving average after that."""
+    _, agent, batch, _, state, _ = one_update(actor_average_rate=0.25)
+    actors = [state.actor]
+    for _ in range(6):
+        state, _ = agent.update(jax.tree.map(jnp.copy, state), batch, np.array([5.0, 2.0], np.float32))
+        actors.append(state.actor)
+    average = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), axis=0), *actors[:4])
+    for actor in actors[4:]:
+        average = jax.tree.map(lambda mean, leaf: 0.75 * mean + 0.25 * np.float64(leaf), average, actor)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), average, state.average_actor)
+    *_, state, _ = one_update(actor_average_rate=1.0)
+    jax.tree.map(np.testing.assert_array_equal, state.actor, state.average_actor)
 
 
 def test_critic_learns_like_the_online_one():
@@ -504,6 +583,7 @@ def test_convert_tdmpc2(tmp_path):
     for episode, (s, a) in enumerate(sizes):
         obs[episode, :, :s], action[episode, :, :a] = torch.randn(length, s), torch.rand(length, a) * 2 - 1
     action[:, 0], reward[:, 0] = torch.nan, torch.nan
+    action[2, 0], reward[2, 0] = 0.5, 0.25  # a later piece of an episode of DMC, which mt80 cuts into five
     task = torch.tensor(numbers)[:, None].expand(4, length)
     chunk = {"obs": obs, "action": action, "reward": reward, "task": task}
     torch.save(tensordict.TensorDict(chunk, batch_size=[4, length]), tmp_path / "chunk_0.pt")
@@ -524,6 +604,9 @@ def test_convert_tdmpc2(tmp_path):
             assert records[t]["reward"] == reward[episode, t + 1] and records[t]["valid"]
         np.testing.assert_array_equal(records[100]["observation"], obs[episode, 100, :s])
         assert not records[100]["valid"]
+    assert brc.how_collected(brc.Args(dataset=(str(tmp_path / "out"),)), tasks) == (
+        2, {"dmc/walker-stand": 5, "dmc/finger-turn-easy": 5, "metaworld/assembly": 1},
+    )  # fmt: skip
     narrow = {**chunk, "obs": obs[[0, 2], :, :24], "action": action[[0, 2]], "reward": reward[[0, 2]],
               "task": task[[0, 2]]}  # fmt: skip
     torch.save(tensordict.TensorDict(narrow, batch_size=[2, length]), tmp_path / "mt30.pt")  # |S| = 24 at most there
