@@ -17,13 +17,16 @@ run directory of a multi-task run of brc_sac_continuous.py and never acts in the
   model      a single-task learner starts from the pretrained actor, critic and target critic, with a new embedding, and
              learns online from the new task alone: SAC+BRC as in brc_sac_continuous.py              (Figures 2, 10, 11)
   embedding  everything is frozen but the embedding e of the new task, inferred from --adaptation-transitions of it:
-               selected  of the pretrained e_j that acted, the one with the highest mean reward; where these are equal,
-                         the one with the lowest TD(e) on all transitions        (the paper's few-shot, Figure 11)
+               selected  of the pretrained e_j that acted, the one that succeeded or else has the highest mean reward;
+                         where all were alike, of all e_j the one with the lowest TD(e) on all transitions
+                                                                                 (the paper's few-shot, Figure 11)
                random    one of the pretrained e_j                               (the paper's zero-shot, Figure 11)
                tuned     Adam on TD(e) from the selected one; the e with the lowest TD(e) on the way         (ours)
                mean      the mean of the pretrained e_j                                                      (ours)
-  data       a fresh learner; a share of each batch is transitions of pretraining (Ball et al., 2023), each with its
-             task's embedding and G; the paper's learner is single-task                              (Figure 11)
+               oracle    with --heatmap: the e_j that evaluation itself finds best, which no method can know
+  data       a fresh learner; a share of each batch is transitions of pretraining (Ball et al., 2023) (Figure 11):
+               single-task  as if they were the new task's, so one G covers all of them              (the paper's)
+               multi-task   each with its own task's embedding and G, in a critic of old and new tasks       (ours)
   scratch    the control: the same learner with nothing given
 
   TD(e)      KL(y || p_k(s, a, e)), summed over critics k, mean over transitions; y gets no gradient. (Cross-entropy
@@ -168,14 +171,17 @@ class Args:
     """embedding: gradient steps on the tuned embedding, each on all transitions"""
     heatmap: bool = False
     """embedding: evaluate every pretrained embedding on every new task, to heatmap.csv and heatmap.png (Figure 24)"""
+    prior_learner: Literal["single-task", "multi-task"] = "single-task"
+    """data: what learns from pretraining's transitions: one task, to which they seem to belong (the paper's), or each
+    with its own embedding and G (ours)"""
     prior_fraction: Annotated[float | None, "[0, 1)"] = 0.5
     """data: share of pretraining transitions in each batch (Ball et al., 2023); None samples all transitions alike"""
 
     discount: Annotated[float | None, "[0, 1)"] = None
     """gamma (default: the pretrained run's)"""
     batch_size: Annotated[int | None, "[1, inf)"] = None
-    """transitions per update (default: 256, the single-task batch of Section 4; 1024 with --protocol data, whose critic
-    learns prior tasks as well, Table 3)"""
+    """transitions per update (default: 256, the single-task batch of Section 4; 1024 with --prior-learner multi-task,
+    Table 3)"""
     utd: PositiveInt = 2
     """updates per environment step (Table 3)"""
     buffer_size: Annotated[int, "[9, inf)"] = 1_000_000
@@ -205,9 +211,10 @@ RESUMABLE = {  # arguments that a resumed run may change
     "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints", "capture_video", "track",
     "wandb_project", "env_backend", "env_workers", "env_timeout", "resume", "pretrained",
 }  # fmt: skip
-BATCH_SIZES = {"model": 256, "embedding": 256, "data": 1024, "scratch": 256}
+BATCH_SIZES = {"single-task": 256, "multi-task": 1024}
 PROTOCOLS = {  # arguments that not all protocols use: those that do
-    **dict.fromkeys(("embedding_init", "load_optimizer"), ("model",)), "prior_fraction": ("data",),
+    **dict.fromkeys(("embedding_init", "load_optimizer"), ("model",)), 
+    **dict.fromkeys(("prior_learner", "prior_fraction"), ("data",)),
     **dict.fromkeys(("embedding_lr", "embedding_updates", "heatmap"), ("embedding",)),
     "adaptation_transitions": ("embedding", "model"),
     **dict.fromkeys(
@@ -235,7 +242,7 @@ def check_together(args: Args, tasks: list[str]) -> None:
     if "adaptation_transitions" in given and args.protocol == "model" and args.embedding_init != "best":
         raise UserError("--adaptation-transitions goes with --protocol embedding or --embedding-init best")
     if args.protocol == "data" and args.prior_fraction:
-        size = args.batch_size or BATCH_SIZES["data"]
+        size = args.batch_size or BATCH_SIZES[args.prior_learner]
         if round(size * args.prior_fraction) in (0, size):
             raise UserError(
                 f"--prior-fraction {args.prior_fraction}: rounds to none or all of --batch-size {size} rows"
@@ -781,13 +788,15 @@ class Replay:
         )  # fmt: skip
 
 
-def sample(rng, online: Replay, prior: Replay | None, num_prior: int, utd: int, batch_size: int) -> Batch:
-    """Batches [utd, batch_size, ...]: num_prior rows of prior tasks (1, 2, ...), if there are any, the others of the
-    new one (0)."""
+def sample(
+    rng, online: Replay, prior: Replay | None, num_prior: int, utd: int, batch_size: int, one_task: bool
+) -> Batch:
+    """Batches [utd, batch_size, ...]: num_prior rows of prior tasks (1, 2, ...; 0 if all are to be one), if there are
+    any, the others of the new one (0)."""
     if prior is None:
         return online.sample(rng, utd, batch_size)
     batch, earlier = online.sample(rng, utd, batch_size - num_prior), prior.sample(rng, utd, num_prior)
-    earlier = earlier._replace(task_ids=earlier.task_ids + 1)
+    earlier = earlier._replace(task_ids=(earlier.task_ids + 1) * (not one_task))
     return Batch(*(np.concatenate(leaves, axis=1) for leaves in zip(earlier, batch, strict=True)))
 
 
@@ -799,10 +808,12 @@ def prior_rows(args: Args, rng: np.random.Generator, prior_size: int, new_size: 
     return round(args.batch_size * args.prior_fraction)
 
 
-def all_transitions(replay: Replay) -> Batch:
-    """Every transition of the new task, [number, ...]."""
+def all_transitions(replay: Replay, rows: int | None = None) -> tuple[Batch, int]:
+    """Every transition of the new task, [rows, ...], and their number. Rows after it (default: none) repeat them, so
+    that what is compiled for `rows` serves while transitions come in."""
     slots = np.flatnonzero(replay.slots["valid"][0])
-    return replay.gather(np.zeros(len(slots), np.int32), slots)
+    taken = np.resize(slots, rows or len(slots))
+    return replay.gather(np.zeros(len(taken), np.int32), taken), len(slots)
 
 
 # ------------------------------------------------------------------------------------------------- the pretrained agent
@@ -952,14 +963,20 @@ MIN_SEGMENT = 25  # steps that an embedding acts at least, so that its return sa
 
 
 @partial(jax.jit, static_argnums=0)
-def td_cross_entropy(agent: Agent, state: AgentState, batch: Batch, max_return: jax.Array) -> jax.Array:
+def td_cross_entropy(agent: Agent, state: AgentState, batch: Batch, count: int, max_return: jax.Array) -> jax.Array:
     """TD(e) of the top of the file, a scalar; e is the embedding in `state`, and its gradient is that of p_k, not of y.
-    batch: [batch_size, ...] of the new task; max_return: [1], G of e's pretraining task."""
-    target, _ = agent.critic_target(state, batch, max_return, jax.random.PRNGKey(0))
-    target = jax.lax.stop_gradient(target)
-    entropy = -jax.scipy.special.xlogy(target, target).sum(-1).mean()
+    batch: [rows, ...] of the new task, the first `count` of which are meant; max_return: [1], G of e's task."""
     num_critics = len(jax.tree.leaves(state.critic["ensemble"])[0])
-    return agent.critic_loss(state.critic, state, batch, target) - num_critics * entropy
+
+    def of_one(transition: Batch, key: jax.Array) -> jax.Array:
+        row = jax.tree.map(lambda x: x[None], transition)
+        target = jax.lax.stop_gradient(agent.critic_target(state, row, max_return, key)[0])
+        entropy = -jax.scipy.special.xlogy(target, target).sum()
+        return agent.critic_loss(state.critic, state, row, target) - num_critics * entropy
+
+    number = len(batch.rewards)
+    td = jax.vmap(of_one)(batch, jax.random.split(jax.random.PRNGKey(0), number))
+    return jnp.where(jnp.arange(number) < count, td, 0).sum() / count
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -967,7 +984,7 @@ def tune_embedding(agent: Agent, learning_rate: float, state: AgentState, optimi
     """One gradient step on the embedding in `state`; returns state, optimizer_state and the TD(e) before it."""
 
     def loss(table):
-        return td_cross_entropy(agent, with_embedding(state, table), batch, max_return)
+        return td_cross_entropy(agent, with_embedding(state, table), batch, len(batch.rewards), max_return)
 
     table = state.critic["embedding"]
     value, gradient = jax.value_and_grad(loss)(table)
@@ -992,15 +1009,21 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
     """Collects --adaptation-transitions of the new task in segments, each acted by another pretrained embedding.
 
     Where the budget is too small for all embeddings, the next to act is the one with the lowest TD(e) on what there is.
-    Returns indices of the embeddings that acted, best first: by mean reward in its segment, then by TD(e).
+    Returns indices of embeddings, best first: of those that acted, by success in their segment, then by mean reward,
+    then by TD(e). Where all of these were alike, acting has told nothing: all pretrained ones, by TD(e).
     """
     states = candidates(pretrained)
-    td = lambda i: float(td_cross_entropy(agent, states[i][0], all_transitions(replay), states[i][1]))  # noqa: E731
+
+    def td(i: int) -> float:
+        """TD(e_i) on the transitions so far."""
+        seen = all_transitions(replay, args.adaptation_transitions)
+        return float(td_cross_entropy(agent, states[i][0], *seen, states[i][1]))
+
     segments = max(1, min(len(states), args.adaptation_transitions // MIN_SEGMENT))
     ends = np.linspace(0, args.adaptation_transitions, segments + 1).astype(int)
-    key, task_ids, mean_rewards = jax.random.PRNGKey(args.seed), np.zeros(1, np.int32), {}
+    key, task_ids, merits = jax.random.PRNGKey(args.seed), np.zeros(1, np.int32), {}
     for segment, (start, end) in enumerate(itertools.pairwise(ends)):
-        untried = [i for i in range(len(states)) if i not in mean_rewards]
+        untried = [i for i in range(len(states)) if i not in merits]
         if segment == 0:  # nothing is known yet: the embedding nearest to the mean of all
             distance = np.linalg.norm(pretrained.embeddings - pretrained.embeddings.mean(0), axis=1)
             index = int(distance.argmin())
@@ -1009,19 +1032,23 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
         else:
             index = min(untried, key=td)
         state, _ = states[index]
-        observations, seen = envs.reset(), []
+        observations, seen, success = envs.reset(), [], 0.0
         replay.start(observations)
         while start + len(seen) < end:
             step = start + len(seen)
             actions = np.asarray(agent.act(state.actor, state.critic, key, step, observations, task_ids))
             envs.send(actions)
-            observations, rewards, terminated, _, valid, _ = envs.recv()
+            observations, rewards, terminated, _, valid, reported = envs.recv()
             replay.insert(actions, rewards, terminated, valid, observations)
             if valid[0]:
                 seen.append(float(rewards[0]))
+                success = np.fmax(success, reported[0])  # NaN where the task reports none
                 run.advance(0)
-        mean_rewards[index] = float(np.mean(seen))
-    return sorted(mean_rewards, key=lambda i: (-mean_rewards[i], td(i)))
+        merits[index] = success, float(np.mean(seen))
+    ranked = sorted(range(len(states)), key=td)  # sorting keeps this order where merits are equal
+    if len(set(merits.values())) == 1:
+        return ranked
+    return sorted((i for i in ranked if i in merits), key=merits.get, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1031,7 +1058,7 @@ def main(args: Args) -> None:
     """Transfers one pretrained agent to the tasks of `args`; everything it writes is in its run directory."""
     tasks, _ = resolve_tasks(args.suite, args.env_ids)
     check_together(args, tasks)
-    args.batch_size = args.batch_size or BATCH_SIZES[args.protocol]
+    args.batch_size = args.batch_size or BATCH_SIZES[args.prior_learner]
     protocol, total = learn, args.total_timesteps
     if args.protocol == "embedding":
         protocol, total = adapt_embeddings, len(tasks) * args.adaptation_transitions * (total > 0)
@@ -1041,6 +1068,8 @@ def main(args: Args) -> None:
         pretrained = load_pretrained(args, saved)
         args.discount = pretrained.settings.discount
         state = pretrained.state
+        if known := ", ".join(task for task in tasks if task in pretrained.info.task_names):
+            print(f"warning: {known} is no new task: {pretrained.directory} was pretrained on it", file=sys.stderr)
         print(f"pretrained: {len(pretrained.embeddings)} tasks, step {pretrained.step:,} of {pretrained.directory}")
         print(f"parameters: {parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
               f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
@@ -1050,19 +1079,22 @@ def main(args: Args) -> None:
 
 def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", information: dict) -> None:
     """--protocol model, data and scratch: one learner on one new task, as in brc_sac_continuous.py. The new task has
-    number 0; those of prior data have 1, 2, ... and the G_i of pretraining."""
+    number 0. With --prior-learner multi-task those of prior data have 1, 2, ... and the G_i of pretraining; else they
+    are 0, too, and G starts from the largest of pretraining."""
     env_seed, eval_seed = run.seeds()
     workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
     envs = target_envs(args, tasks[0], pretrained.info, 1, env_seed, workers)
     sizes, settings, prior = (envs.observation_dim, envs.action_dim), pretrained.settings, pretrained.replay
-    action_dims, prior_max_return, prior_size = list(envs.action_dims), np.zeros(0, np.float32), 0
-    if prior:
-        action_dims += pretrained.info.action_dims
-        prior_max_return, prior_size = pretrained.max_return, int(prior.slots["valid"].sum())
-    use_embedding = args.protocol != "scratch"
+    action_dims, prior_max_return = list(envs.action_dims), np.zeros(0, np.float32)
+    prior_size, one_task = int(prior.slots["valid"].sum()) if prior else 0, args.prior_learner == "single-task"
+    if prior and not one_task:
+        action_dims, prior_max_return = action_dims + pretrained.info.action_dims, pretrained.max_return
+    use_embedding = args.protocol == "model" or len(action_dims) > 1
     agent = make_agent(settings, len(action_dims), *sizes, action_dims, use_embedding)
     replay = Replay(1, min(args.buffer_size, args.total_timesteps + 1000), *sizes)
     normalizer = ReturnNormalizer(1, args.discount)
+    if prior and one_task:
+        normalizer.max_return[0] = pretrained.max_return.max()
     rng = np.random.default_rng(args.seed)
     state, saved = run.restore(agent.init(args.seed), replay)
     if saved:
@@ -1073,7 +1105,7 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
     if args.protocol == "model" and not saved:
         embedding = starting_embedding(args, agent, pretrained, envs, replay, rng, run)
         state = start_from_pretrained(args, pretrained, state, embedding)
-        normalizer.max_return[0] = np.abs(all_transitions(replay).rewards).max(initial=0)
+        normalizer.max_return[0] = np.abs(all_transitions(replay)[0].rewards).max(initial=0)
     eval_envs = target_envs(args, tasks[0], pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
     task_ids, act_key, metrics = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1), {}
     observations, batches, rng_state = envs.reset(), None, rng.bit_generator.state
@@ -1081,7 +1113,7 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
 
     def draw() -> Batch:
         num_prior = prior_rows(args, rng, prior_size, replay.size)
-        return sample(rng, replay, prior, num_prior, args.utd, args.batch_size)
+        return sample(rng, replay, prior, num_prior, args.utd, args.batch_size, one_task)
 
     while True:
         if run.evaluation_due():
@@ -1142,9 +1174,9 @@ def starting_embedding(args: Args, agent: Agent, pretrained: Pretrained, envs, r
 def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", information: dict) -> None:
     """--protocol embedding: for every new task, the four embeddings of the top of the file, evaluated.
 
-    Writes embedding.csv (all four), eval.csv (the tuned one), embeddings/<task>.npy (the tuned one, [embedding_size])
-    and, with --heatmap, heatmap.csv and heatmap.png. A task's rows are written when it is finished, so a resumed run
-    goes on with the next. --play evaluates the tuned embeddings of the finished tasks.
+    Writes embedding.csv (all four, and the oracle), eval.csv (the tuned one), embeddings/<task>.npy (the tuned one,
+    [embedding_size]) and, with --heatmap, heatmap.csv and heatmap.png. A task's rows are written when it is finished,
+    so a resumed run goes on with the next. --play evaluates the tuned embeddings of the finished tasks.
     """
     tables, transitions = read_tables(run.directory), args.adaptation_transitions
     finished = {row["target"] for row in tables["embedding.csv"]}
@@ -1190,6 +1222,10 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
                 embedding, tuned_act = agent.embed(state.critic, np.zeros(1, np.int32))[0], act
             which = f"{method}/{source}" if method == "heatmap" else method
             run.scalars({f"eval/{which}/{task}": about["return"]}, transitions)
+        if args.heatmap and not args.play:
+            rows = [row for row in tables["heatmap.csv"] if row["target"] == task]
+            best = max(rows, key=lambda row: (row["success"] or 0, row["return"]))
+            tables["embedding.csv"].append({**best, "method": "oracle"})
         envs.close()
         eval_envs.close()
         if not args.play:
@@ -1215,7 +1251,7 @@ def infer_embeddings(
     names, states, transitions = pretrained.info.task_names, candidates(pretrained), args.adaptation_transitions
     replay = Replay(1, 2 * transitions + 100, envs.observation_dim, envs.action_dim)
     selected = explore_embeddings(args, agent, pretrained, envs, replay, run)[0]
-    tuned, before, after = tuned_embedding(args, agent, *states[selected], all_transitions(replay))
+    tuned, before, after = tuned_embedding(args, agent, *states[selected], all_transitions(replay)[0])
     task, random = envs.tasks[0], int(rng.integers(len(names)))
     tqdm.write(f"{task}: {transitions} transitions; selected {names[selected]}, TD {before:.4f}; tuned to {after:.4f}")
     for method, td in (("selected", before), ("tuned", after)):

@@ -252,7 +252,10 @@ def test_half_of_a_batch_is_prior_data(counters):
     new.start(np.full((1, 6), 100.0))
     for step in range(30):
         new.insert(np.zeros((1, 2)), [step], [False], [True], np.full((1, 6), 100.0))
-    batch = brc.sample(np.random.default_rng(0), new, pretrained.replay, 8, 2, 16)
+    batch = brc.sample(np.random.default_rng(0), new, pretrained.replay, 8, 2, 16, one_task=False)
+    same = brc.sample(np.random.default_rng(0), new, pretrained.replay, 8, 2, 16, one_task=True)
+    assert not same.task_ids.any() and same.task_ids.dtype == batch.task_ids.dtype
+    assert_same(same._replace(task_ids=batch.task_ids), batch)
     assert batch.observations.shape == (2, 16, 6)
     for update in range(2):
         is_new = batch.task_ids[update] == 0
@@ -275,8 +278,10 @@ def test_rows_of_prior_data():
 
 
 def test_each_task_keeps_its_own_scale_and_embedding(counters, tmp_path):
-    """Data transfer: G_i of pretraining for its tasks, the new task's own; three embeddings in one fresh critic."""
-    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "data")
+    """--prior-learner multi-task: G_i of pretraining for its tasks, the new task's own; three embeddings in one fresh
+    critic."""
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "data",
+                       "--prior-learner", "multi-task")  # fmt: skip
     args = brc.parse_args(["--resume", str(run_dir)])
     pretrained = load(args)
     blank = agent_of(pretrained, 1, 2, 1).init(0)
@@ -286,6 +291,27 @@ def test_each_task_keeps_its_own_scale_and_embedding(counters, tmp_path):
     agent = agent_of(pretrained, 1, 2, 1)
     assert (np.asarray(state.entropy) != 0).all(), "a task had no row in any batch"
     assert agent.value(state, np.zeros((1, 6), np.float32), np.array([1.0], np.float32)).shape == (1,)
+
+
+def test_data_transfer_of_the_paper_has_one_task(counters, tmp_path):
+    """A fresh single-task learner, whose buffer is initialized: no embedding, one entropy, and one G that covers the
+    returns of pretraining from the start."""
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *LEARN, "--protocol", "data")
+    args = brc.parse_args(["--resume", str(run_dir)])
+    pretrained = load(args)
+    blank = agent_of(pretrained, 1, use_embedding=False).init(0)
+    state, saved = brc.load_checkpoint(run_dir, blank, brc.Replay(1, 1040, 6, 2))
+    assert set(state.critic) == {"ensemble"} and state.entropy.shape == (1,)
+    assert saved["max_return"] == [max(pretrained.max_return)] or saved["max_return"][0] > max(pretrained.max_return)
+    assert json.loads((run_dir / "args.json").read_text())["batch_size"] == 16  # LEARN's; 256 by default
+    assert brc.BATCH_SIZES[brc.Args.prior_learner] == 256
+
+
+def test_a_target_of_pretraining_is_a_warning(counters, tmp_path, capsys):
+    transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", COUNTERS[0], "--total-timesteps", 0)
+    assert f"warning: {COUNTERS[0]} is no new task" in capsys.readouterr().err
+    transfer(tmp_path, "other", "--pretrained", counters, "--env-ids", SMALLER, "--total-timesteps", 0)
+    assert "warning" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- embedding, all frozen
@@ -306,7 +332,8 @@ def adapted(run_dir: Path, *arguments):
         envs.close()
     assert counted == [0] * args.adaptation_transitions, "a step of the run is a transition"
     state, max_return = brc.candidates(pretrained)[order[0]]
-    batch = brc.all_transitions(replay)
+    batch, count = brc.all_transitions(replay)
+    assert count == args.adaptation_transitions
     tuned, *td = brc.tuned_embedding(args, agent, state, max_return, batch)
     return before, pretrained.state, state, tuned, batch, td
 
@@ -342,7 +369,9 @@ def test_td_cross_entropy_against_float64(counters):
     e = np.repeat(pretrained.embeddings[:1], 4, axis=0)
     actor = brc.Actor(16, 1, 2, 1)
     policy = actor.apply(state.actor, np.concatenate([batch.next_observations, e], 1), batch.task_ids)
-    next_actions, log_probs = brc.sample_action(jax.random.PRNGKey(0), *policy)
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)  # one a transition
+    sampled = [brc.sample_action(key, *(x[row : row + 1] for x in policy)) for row, key in enumerate(keys)]
+    next_actions, log_probs = (np.concatenate(x) for x in zip(*sampled, strict=True))
 
     def distributions(critic, observations, actions):
         network = brc.Critic(brc.BroNet, 16, 1, 101, 1)
@@ -366,8 +395,87 @@ def test_td_cross_entropy_against_float64(counters):
             y[low + 1] += target[row, j] * (place - low)
         entropy = -sum(p * np.log(p) for p in y if p > 0)
         expected += sum(-(y * np.log(p[row])).sum() - entropy for p in predicted) / 4
-    td = float(brc.td_cross_entropy(agent, state, batch, jnp.asarray(max_return)))
+    td = float(brc.td_cross_entropy(agent, state, batch, 4, jnp.asarray(max_return)))
     assert td == pytest.approx(expected, rel=2e-3)
+
+
+def test_td_cross_entropy_is_compiled_once(counters):
+    """Whatever the number of transitions: rows beyond it count for nothing."""
+    pretrained = loaded(counters)
+    state, max_return = brc.candidates(pretrained)[0]
+    agent, replay = agent_of(pretrained, 2), brc.Replay(1, 50, 6, 2)
+    rng, compiled = np.random.default_rng(0), brc.td_cross_entropy._cache_size()
+    replay.start(rng.normal(size=(1, 6)))
+    for step in range(1, 21):
+        values = rng.normal(size=(1, 2)), rng.normal(size=1), [False], [step % 5 != 0], rng.normal(size=(1, 6))
+        replay.insert(*values)
+        batch, count = brc.all_transitions(replay, 20)
+        assert count == step - step // 5 and len(batch.rewards) == 20
+        td = brc.td_cross_entropy(agent, state, batch, count, max_return)
+        garbage = jax.tree.map(lambda x: np.concatenate([x[:count], np.flip(x[count:], 0)]), batch)  # noqa: B023
+        assert td == brc.td_cross_entropy(agent, state, garbage, count, max_return)
+    assert brc.td_cross_entropy._cache_size() == compiled + 1
+
+
+class Segments:
+    """A new task whose reward and success in each segment, from one reset to the next, are given."""
+
+    def __init__(self, rewards, successes):
+        self.rewards, self.successes, self.segment = rewards, successes, -1
+
+    def reset(self):
+        self.segment += 1
+        return np.zeros((1, 6), np.float32)
+
+    def send(self, actions):
+        pass
+
+    def recv(self):
+        step = np.zeros((1, 6), np.float32), self.rewards[self.segment], 0.0, 0.0, True, self.successes[self.segment]
+        return online.Step(step[0], *map(np.atleast_1d, step[1:]))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "successes", "best"),
+    [([5, 1], [0.0, 0.0], "first"), ([1, 5], [np.nan, np.nan], "second"), ([5, 1], [0.0, 1.0], "second"),
+     ([1, 5], [1.0, 1.0], "second"), ([0, 0], [0.0, 0.0], "td"), ([2, 2], [np.nan, np.nan], "td")],
+)  # fmt: skip
+def test_selection_ranks_success_then_reward_then_td(counters, monkeypatch, rewards, successes, best):
+    """And where acting told nothing, every pretrained embedding by TD(e), also those that never acted."""
+    args = brc.parse_args(
+        [
+            "--pretrained",
+            str(counters),
+            "--env-ids",
+            SMALLER,
+            "--protocol",
+            "embedding",
+            "--adaptation-transitions",
+            "50",
+        ]
+    )
+    pretrained = load(args)
+    more = np.concatenate([pretrained.embeddings, np.eye(32, dtype=np.float32)[:3]])  # five, of which two will act
+    entropy = jnp.resize(pretrained.state.entropy, 5)
+    pretrained = pretrained._replace(
+        embeddings=more, max_return=np.resize(pretrained.max_return, 5),
+        state=pretrained.state._replace(entropy=entropy),
+    )  # fmt: skip
+    acted, agent, states = [], agent_of(pretrained, 2), brc.candidates(pretrained)
+    table = lambda critic: tuple(np.ravel(critic["embedding"]["params"]["embedding"]).round(5))  # noqa: E731
+    spy = lambda actor, critic, *rest: acted.append(table(critic)) or agent.act(actor, critic, *rest)  # noqa: E731
+    replay, run = brc.Replay(1, 150, 6, 2), SimpleNamespace(advance=lambda updates: None)
+    envs = Segments(np.float32(rewards), np.float32(successes))
+    order = brc.explore_embeddings(args, agent._replace(act=spy), pretrained, envs, replay, run)
+    tables = [tuple(e.round(5)) for e in more]
+    who_acted = list(dict.fromkeys(tables.index(table) for table in acted))
+    assert len(who_acted) == 2
+    seen = brc.all_transitions(replay)
+    by_td = sorted(range(5), key=lambda i: float(brc.td_cross_entropy(agent, states[i][0], *seen, states[i][1])))
+    if best == "td":
+        assert order == by_td
+    else:
+        assert order[0] == who_acted[best == "second"] and sorted(order) == sorted(who_acted)
 
 
 @pytest.mark.slow
@@ -387,7 +495,7 @@ def assert_tuning_wins(points: Path, tmp_path: Path, seed: int) -> None:
                        "--eval-episodes", 3, "--heatmap", "--seed", seed)  # fmt: skip
     rows = rows_of(run_dir / "embedding.csv")
     assert [(row["target"], row["method"]) for row in rows] == [
-        (goal, method) for goal in NEW_GOALS for method in ("selected", "tuned", "random", "mean")
+        (goal, method) for goal in NEW_GOALS for method in ("selected", "tuned", "random", "mean", "oracle")
     ]
     assert {row["transitions"] for row in rows} == {"300"}
     returns = {method: np.mean([float(row["return"]) for row in rows if row["method"] == method])
@@ -401,6 +509,9 @@ def assert_tuning_wins(points: Path, tmp_path: Path, seed: int) -> None:
             goal, chosen = (int(name.removeprefix("gym/gym_tasks:PointAt").removesuffix("-v0")) for name in names)
             assert min((goal - chosen) % 360, (chosen - goal) % 360) < 45, row
     heatmap = rows_of(run_dir / "heatmap.csv")
+    for goal in NEW_GOALS:
+        best = max((row for row in heatmap if row["target"] == goal), key=lambda row: float(row["return"]))
+        assert {**best, "method": "oracle"} in rows
     assert {(row["target"], row["embedding"]) for row in heatmap} == {(t, s) for t in NEW_GOALS for s in GOALS}
     assert (run_dir / "heatmap.png").stat().st_size > 10_000
     assert len(curve(run_dir)) == 4
