@@ -520,7 +520,7 @@ def test_play_needs_no_data(mixed_data, tmp_path, capsys):
     agent = brc.make_agent(brc.parse_args(["--resume", str(tmp_path / "run")]), 2, 2, 2, [2, 2])
     state, _ = brc.load_checkpoint(tmp_path / "run", agent.init(0))
     observations, task_ids = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32), np.arange(2)
-    expected = agent.act_deterministic(state.actor, state.critic, observations, task_ids)
+    expected = agent.act_deterministic(state.average_actor, state.critic, observations, task_ids)
     np.testing.assert_array_equal(policy(observations, task_ids), expected)
 
 
