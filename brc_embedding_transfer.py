@@ -17,9 +17,8 @@ run directory of a multi-task run of brc_sac_continuous.py and never acts in the
   model      a single-task learner starts from the pretrained actor, critic and target critic, with a new embedding, and
              learns online from the new task alone: SAC+BRC as in brc_sac_continuous.py              (Figures 2, 10, 11)
   embedding  everything is frozen but the embedding e of the new task, inferred from --adaptation-transitions of it:
-               selected  of the pretrained e_j that acted, the one that succeeded or else has the highest mean reward;
-                         where all were alike, of all e_j the one with the lowest TD(e) on all transitions
-                                                                                 (the paper's few-shot, Figure 11)
+               selected  of the pretrained e_j that which succeeded while it acted; where none did, or several, the
+                         one with the lowest TD(e) on all transitions            (the paper's few-shot, Figure 11)
                random    one of the pretrained e_j                               (the paper's zero-shot, Figure 11)
                tuned     Adam on TD(e) from the selected one; the e with the lowest TD(e) on the way         (ours)
                mean      the mean of the pretrained e_j                                                      (ours)
@@ -1009,8 +1008,8 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
     """Collects --adaptation-transitions of the new task in segments, each acted by another pretrained embedding.
 
     Where the budget is too small for all embeddings, the next to act is the one with the lowest TD(e) on what there is.
-    Returns indices of embeddings, best first: of those that acted, by success in their segment, then by mean reward,
-    then by TD(e). Where all of these were alike, acting has told nothing: all pretrained ones, by TD(e).
+    Returns the indices of all pretrained embeddings, best first: those that succeeded in their segment, then the
+    others, also those that never acted; by TD(e) each. (Mean rewards say less: benchmark/results/README.md.)
     """
     states = candidates(pretrained)
 
@@ -1021,9 +1020,9 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
 
     segments = max(1, min(len(states), args.adaptation_transitions // MIN_SEGMENT))
     ends = np.linspace(0, args.adaptation_transitions, segments + 1).astype(int)
-    key, task_ids, merits = jax.random.PRNGKey(args.seed), np.zeros(1, np.int32), {}
+    key, task_ids, successes = jax.random.PRNGKey(args.seed), np.zeros(1, np.int32), {}
     for segment, (start, end) in enumerate(itertools.pairwise(ends)):
-        untried = [i for i in range(len(states)) if i not in merits]
+        untried = [i for i in range(len(states)) if i not in successes]
         if segment == 0:  # nothing is known yet: the embedding nearest to the mean of all
             distance = np.linalg.norm(pretrained.embeddings - pretrained.embeddings.mean(0), axis=1)
             index = int(distance.argmin())
@@ -1032,23 +1031,18 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
         else:
             index = min(untried, key=td)
         state, _ = states[index]
-        observations, seen, success = envs.reset(), [], 0.0
+        observations, step, successes[index] = envs.reset(), start, 0.0
         replay.start(observations)
-        while start + len(seen) < end:
-            step = start + len(seen)
+        while step < end:
             actions = np.asarray(agent.act(state.actor, state.critic, key, step, observations, task_ids))
             envs.send(actions)
-            observations, rewards, terminated, _, valid, reported = envs.recv()
+            observations, rewards, terminated, _, valid, success = envs.recv()
             replay.insert(actions, rewards, terminated, valid, observations)
             if valid[0]:
-                seen.append(float(rewards[0]))
-                success = np.fmax(success, reported[0])  # NaN where the task reports none
+                step += 1
+                successes[index] = np.fmax(successes[index], success[0])  # NaN where the task reports none
                 run.advance(0)
-        merits[index] = success, float(np.mean(seen))
-    ranked = sorted(range(len(states)), key=td)  # sorting keeps this order where merits are equal
-    if len(set(merits.values())) == 1:
-        return ranked
-    return sorted((i for i in ranked if i in merits), key=merits.get, reverse=True)
+    return sorted(range(len(states)), key=lambda i: (-successes.get(i, 0.0), td(i)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
