@@ -176,7 +176,7 @@ class Args:
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW weight decay (Table 3)"""
     initial_temperature: Annotated[float, "[1e-12, inf)"] = 0.1
-    """alpha at the start (Table 3)"""
+    """alpha at the start (Table 3); it takes 15,000 updates to fall to 0.001, where a much shorter run should start"""
     target_entropy: Annotated[float | None, "(-inf, inf)"] = None
     """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, as in the released code
     and BRO; Table 3 prints |A|/2)"""

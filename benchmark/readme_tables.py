@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -80,19 +80,90 @@ def offline() -> list[list[str]]:
     return rows
 
 
-def transfer() -> list[list[str]]:
+def success_from(path: Path, first_step: int) -> float:
+    """Mean success over tasks and the evaluations from a step on, of an eval.csv or of a table with its columns."""
+    with path.open(newline="") as file:
+        return float(np.mean([float(row["success"]) for row in csv.DictReader(file) if int(row["step"]) >= first_step]))
+
+
+def offline_fresh() -> list[list[str]]:
+    """offline/fresh/README.md: mean success over the last 4k updates, by the averaged actor and by the actor itself."""
+    rows = []
+    for name, label in (("bc-only", "BC only"), ("no-bc", "c = 0"), ("mse-0.03", "c = 0.03 (the default)"),
+                        ("mse-0.3", "c = 0.3"), ("nll-0.03", "c = 0.03, `--bc-loss nll`")):  # fmt: skip
+        runs = [RESULTS / f"offline/fresh/{name}__{seed}" for seed in range(11, 16)]
+        cells = []
+        for table in ("eval.csv", "actor.csv"):
+            found = [success_from(run / table, 8500) for run in runs]
+            cells += [" ".join(map(two, found)), f"{two(np.mean(found))} (sd {two(np.std(found, ddof=1))})"]
+        rows.append([label, *cells])
+    return rows
+
+
+def averaged_actor() -> list[list[str]]:
+    """Success of the averaged actor less that of the actor itself, with its 95% interval (paired t)."""
+    rows = []
+    for label, pattern, tables, first_step in (
+        ("offline", "*__1[1-5]", ("eval.csv", "actor.csv"), 8500),
+        ("online, 15k to 30k steps", "online-*", ("average.csv", "eval.csv"), 15000),
+    ):
+        runs = sorted((RESULTS / "offline/fresh").glob(pattern))
+        by_average, by_actor = (np.array([success_from(run / table, first_step) for run in runs]) for table in tables)
+        interval = ttest_rel(by_average, by_actor).confidence_interval()
+        difference = f"{np.mean(by_average - by_actor):+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+        rows.append([label, str(len(runs)), two(np.mean(by_average)), two(np.mean(by_actor)), difference])
+    return rows
+
+
+def bfloat16() -> list[list[str]]:
+    """README's first command in both formats, seeds 1 to 3: mean success over the evaluations from 15k steps on."""
+    rows = []
+    for label, folder in (("float32", "readme"), ("bfloat16", "bfloat16")):
+        runs = [RESULTS / folder / f"seed-{seed}" for seed in (1, 2, 3)]
+        found = [success_from(run / "eval.csv", 15000) for run in runs]
+        at = [two(np.mean([mean_of(run, "success", [step]) for run in runs])) for step in (5000, 10000, 20000, 30000)]
+        rows.append([label, *at, " ".join(map(two, found)), two(np.mean(found))])
+    return rows
+
+
+def selection() -> list[list[str]]:
+    """transfer/selection.csv: value of the chosen embedding as a share of the best one's; by rule, family, budget."""
+    with (RESULTS / "transfer/selection.csv").open(newline="") as file:
+        trials = list(csv.DictReader(file))
+    rows = []
+    for experiment, rule, label in (
+        ("1", "return", "success, then mean reward"),
+        ("1", "halving", "successive halving"),
+        ("1", "td", "TD(e) alone"),
+        ("2", "return", "mean reward, real tasks anew"),
+        ("2", "success, then return", "success, then mean reward, real tasks anew"),
+        ("2", "td", "TD(e) alone, real tasks anew"),
+        ("2", "success, then td", "success, then TD(e), real tasks anew"),
+    ):
+        cells = []
+        for family in ("point8", "point85", "real"):
+            for budget in ("75", "100", "300"):
+                found = [t for t in trials if (t["experiment"], t["family"], t["budget"], t["rule"])
+                         == (experiment, family, budget, rule)]  # fmt: skip
+                chosen, best = (sum(float(t[column]) for t in found) for column in ("its_value", "best_value"))
+                cells.append(two(chosen / best) if found else "")
+        rows.append([label, *cells])
+    return rows
+
+
+def transfer(folder: str = "transfer/runs", seeds: tuple[int, ...] = (1, 2, 3)) -> list[list[str]]:
     """Success on two new tasks, mean of 3 seeds: four embeddings, and the last evaluation of three learners."""
-    rows, runs = [], RESULTS / "transfer/runs"
+    rows, runs = [], RESULTS / folder
     for task in ("reach-wall", "button-press-topdown-wall"):
-        found = {method: [] for method in ("selected", "tuned", "random", "mean")}
-        for seed in (1, 2, 3):
+        found = {method: [] for method in ("selected", "tuned", "random", "mean", "oracle")}
+        for seed in seeds:
             with (runs / f"embedding__{seed}/embedding.csv").open(newline="") as file:
                 for row in csv.DictReader(file):
                     if row["target"] == f"metaworld/{task}":
                         found[row["method"]].append(float(row["success"]))
         for protocol in ("model", "data", "scratch"):
-            found[protocol] = [mean_of(runs / f"{task}-{protocol}__{seed}", "success") for seed in (1, 2, 3)]
-        rows.append([f"`{task}`", *(two(np.mean(values)) for values in found.values())])
+            found[protocol] = [mean_of(runs / f"{task}-{protocol}__{seed}", "success") for seed in seeds]
+        rows.append([f"`{task}`", *(two(np.mean(values)) for values in found.values() if values)])
     return rows
 
 
@@ -145,7 +216,7 @@ TABLES = {
         first_command, "readme/before", (1, 2, 3), (0, 15000, 30000, 40000)
     ),
     "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "variants": variants,
-    "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
+    "selection": selection,
 }  # fmt: skip
 
 

@@ -407,21 +407,22 @@ def test_bc_only_has_no_temperature_that_could_run_away():
     assert metrics["rewards/normalized_mean"] == pytest.approx((batch.rewards * scale).mean(), rel=1e-4)
 
 
-def test_cloning_by_likelihood_keeps_targets_inside_the_support(mixed_data):
-    """Its policy is as sharp as the data, whatever the temperature: an entropy bonus of that kind drove every target to
-    V_min (-9.7 of -10 after 2,000 updates). The value is what the data's rewards are worth."""
-    data = brc.Dataset(
-        POINTS, [mixed_data / f"{brc.file_name(t)}.npy" for t in POINTS], Sizes((2, 2), (2, 2)), None, 0.9
-    )
-    size = {"critic_width": 32, "critic_depth": 1, "actor_width": 32, "batch_size": 64, "discount": 0.9}
-    for bc_coef in (0.03, 1.0):
-        agent = brc.make_agent(brc.Args(**size, bc_loss="nll", bc_coef=bc_coef), 2, 2, 2, [2, 2])
-        state, rng, largest = agent.init(0), np.random.default_rng(0), data.max_return
-        for _ in range(1500):
-            state, metrics = agent.update(state, data.sample(rng, 64), largest)
-        assert metrics["policy/temperature"] == 0
-        assert -9 < metrics["q/target_min"] and metrics["q/target_max"] < 10.01
-        assert metrics["policy/entropy"] > -6, "a policy without spread"
+def test_cloning_by_likelihood_keeps_targets_where_rewards_put_them(tmp_path):
+    """Actions at their bounds make its policy far sharper than the entropy target, whatever the temperature, which then
+    rose from update to update: targets were at -5.7 in the mean after 1,000 and on their way to V_min. Rewards are
+    noise around zero here, and so are values."""
+    episodes = random_episodes(np.random.default_rng(0), 200)
+    for episode in episodes:
+        episode["actions"] = np.sign(episode["observations"][:-1])
+    path = write(tmp_path, "gym/A", episodes)
+    data = brc.Dataset(["gym/A"], [path], Sizes((2, 2)), None, 0.99)
+    size = {"critic_width": 32, "critic_depth": 1, "actor_width": 32, "batch_size": 64}
+    agent = brc.make_agent(brc.Args(**size, bc_loss="nll", bc_coef=1.0), 1, 2, 2)
+    state, rng = agent.init(0), np.random.default_rng(0)
+    for _ in range(1000):
+        state, metrics = agent.update(state, data.sample(rng, 64), data.max_return)
+    assert metrics["policy/temperature"] == 0 and metrics["policy/entropy"] < -5
+    assert -2 < metrics["q/target_min"] and abs(metrics["q/target_mean"]) < 0.5
 
 
 def test_average_actor_against_a_loop():
@@ -435,8 +436,6 @@ def test_average_actor_against_a_loop():
     for actor in actors[4:]:
         average = jax.tree.map(lambda mean, leaf: 0.75 * mean + 0.25 * np.float64(leaf), average, actor)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), average, state.average_actor)
-    *_, state, _ = one_update(actor_average_rate=1.0)
-    jax.tree.map(np.testing.assert_array_equal, state.actor, state.average_actor)
 
 
 def test_critic_learns_like_the_online_one():

@@ -711,8 +711,8 @@ def test_refuses_damaged_runs(counters, tmp_path, command_line):
             "goes with --protocol embedding or --embedding-init",
         ),
         (
-            ["--env-ids", SMALLER, "--protocol", "data", "--prior-fraction", "0.0004"],
-            "none or all of --batch-size 1024",
+            ["--env-ids", SMALLER, "--protocol", "data", "--prior-fraction", "0.0015"],
+            "none or all of --batch-size 256",
         ),
         (["--env-ids", SMALLER, "--protocol", "data", "--batch-size", "1"], "none or all of --batch-size 1 rows"),
         (["--env-ids", SMALLER, "--run-root", SCRIPT], "choose another --run-root"),
