@@ -217,6 +217,7 @@ TABLES = {
     ),
     "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "variants": variants,
     "selection": selection,
+    "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
 }  # fmt: skip
 
 
