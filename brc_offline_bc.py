@@ -154,9 +154,9 @@ class Args:
     """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of a small sweep, see
     benchmark/results/README.md)"""
     bc_loss: Literal["nll", "mse"] = "mse"
-    """clone by the data action's negative log-likelihood, or by the mean action's squared error"""
+    """clone by the data action's negative log-likelihood (alpha is 0 then), or by the mean action's squared error"""
     bc_only: bool = False
-    """behavioral cloning alone: the actor ignores the critic"""
+    """behavioral cloning alone: the actor ignores the critic, and alpha is 0"""
 
     discount: Annotated[float, "[0, 1)"] = 0.99
     """gamma (Table 3)"""
