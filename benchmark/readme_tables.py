@@ -216,7 +216,7 @@ TABLES = {
         first_command, "readme/before", (1, 2, 3), (0, 15000, 30000, 40000)
     ),
     "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "variants": variants,
-    "selection": selection,
+    "selection": selection, "bfloat16": bfloat16,
     "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
 }  # fmt: skip
 
