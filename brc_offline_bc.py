@@ -151,7 +151,7 @@ class Args:
     """Weights & Biases project"""
 
     bc_coef: NonNegativeFloat = 0.03
-    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of a small sweep, see
+    """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of small sweeps, not by much; see
     benchmark/results/README.md)"""
     bc_loss: Literal["nll", "mse"] = "mse"
     """clone by the data action's negative log-likelihood (alpha is 0 then), or by the mean action's squared error"""
