@@ -90,7 +90,7 @@ def offline_fresh() -> list[list[str]]:
     """offline/fresh/README.md: mean success over the last 4k updates, by the averaged actor and by the actor itself."""
     rows = []
     for name, label in (("bc-only", "BC only"), ("no-bc", "c = 0"), ("mse-0.03", "c = 0.03 (the default)"),
-                        ("mse-0.3", "c = 0.3"), ("nll-0.03", "c = 0.03, `--bc-loss nll`")):  # fmt: skip
+                        ("mse-0.3", "c = 0.3")):  # fmt: skip
         runs = [RESULTS / f"offline/fresh/{name}__{seed}" for seed in range(11, 16)]
         cells = []
         for table in ("eval.csv", "actor.csv"):
@@ -151,9 +151,9 @@ def selection() -> list[list[str]]:
     return rows
 
 
-def transfer(folder: str = "transfer/runs", seeds: tuple[int, ...] = (1, 2, 3)) -> list[list[str]]:
-    """Success on two new tasks, mean of 3 seeds: four embeddings, and the last evaluation of three learners."""
-    rows, runs = [], RESULTS / folder
+def transfer() -> list[list[str]]:
+    """Success on two new tasks, mean of 3 seeds: five embeddings, and the last evaluation of three learners."""
+    rows, runs, seeds = [], RESULTS / "transfer/runs", (11, 12, 13)
     for task in ("reach-wall", "button-press-topdown-wall"):
         found = {method: [] for method in ("selected", "tuned", "random", "mean", "oracle")}
         for seed in seeds:
@@ -162,8 +162,9 @@ def transfer(folder: str = "transfer/runs", seeds: tuple[int, ...] = (1, 2, 3)) 
                     if row["target"] == f"metaworld/{task}":
                         found[row["method"]].append(float(row["success"]))
         for protocol in ("model", "data", "scratch"):
-            found[protocol] = [mean_of(runs / f"{task}-{protocol}__{seed}", "success") for seed in seeds]
-        rows.append([f"`{task}`", *(two(np.mean(values)) for values in found.values() if values)])
+            learners = [runs / f"{task}-{protocol}__{seed}" for seed in seeds]
+            found[protocol] = [mean_of(run, "success") for run in learners if run.exists()]
+        rows.append([f"`{task}`", *(two(np.mean(values)) if values else "" for values in found.values())])
     return rows
 
 
@@ -217,12 +218,13 @@ TABLES = {
     ),
     "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "variants": variants,
     "selection": selection, "bfloat16": bfloat16,
+    "offline, fresh seeds": offline_fresh, "averaged actor": averaged_actor,
     "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
 }  # fmt: skip
 
 
 def row_text(cells: list[str]) -> str:
-    return "| " + " | ".join(cells).replace("|  |", "| |").replace("|  |", "| |") + " |"
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 if __name__ == "__main__":
