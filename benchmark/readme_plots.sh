@@ -6,8 +6,7 @@ results=benchmark/results
 python benchmark/plot.py $results/readme/seed-* --labels "BRC, width 128" --out $results/readme/curve.png
 python benchmark/plot.py $results/dmc4/seed-* --labels "BRC, width 256" --out $results/dmc4/curve.png
 t=$results/transfer/runs
-python benchmark/plot.py $t/reach-wall-{model,scratch,data}* $t/embedding* --labels model scratch data \
-  "embedding (300 steps)" --out $results/transfer/curve.png
+python benchmark/plot.py $t/reach-wall-{model,scratch,data}* --labels model scratch data --out $results/transfer/curve.png
 o=$results/offline
 python benchmark/plot.py $o/bc-only* $o/no-bc* $o/mse-0.03_* $o/mse-0.1_* $o/mse-0.3_* $o/mse-1_* --labels "BC only" \
   "no BC" "BRC+BC, c = 0.03" "c = 0.1" "c = 0.3" "c = 1" --out $o/curve.png
