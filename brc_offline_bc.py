@@ -828,6 +828,8 @@ def main(args: Args) -> None:
             about_data["data_transitions"] = dict(zip(tasks, map(len, data.starts), strict=True))
             mean_returns = zip(tasks, data.mean_return, strict=True)
             about_data["data_mean_return"] = {task: mean * pieces[task] for task, mean in mean_returns}
+            if args.resume:
+                check_same_data(Path(args.resume), **about_data)
         sizes = eval_envs.observation_dim, eval_envs.action_dim
         agent = make_agent(args, len(tasks), *sizes, eval_envs.action_dims)
         rng = np.random.default_rng(args.seed)
@@ -841,8 +843,6 @@ def main(args: Args) -> None:
             cut = f", episodes in {pieces[task]} pieces" * (pieces[task] > 1)
             print(f"data: {task} {about_data['data_transitions'][task]:,} transitions{cut}, "
                   f"mean return {about_data['data_mean_return'][task]:.1f}")  # fmt: skip
-        if args.resume:
-            check_same_data(Path(args.resume), **about_data)
         run.start(env_info=eval_envs.information(), action_repeat=eval_envs.action_repeat, **about_data)
         if args.total_updates == 0:
             return eval_envs.close()

@@ -539,6 +539,15 @@ def test_resume_with_other_data_is_refused(change, tmp_path):
         brc.check_same_data(tmp_path, **other)
 
 
+def test_resume_with_data_of_other_tasks_says_so(mixed_data, tmp_path):
+    """And not that the checkpoints are damaged, into which other tasks do not fit."""
+    train("--dataset", mixed_data, *SMALL, "--total-updates", 5, "--run-root", tmp_path, "--run-name", "run")
+    write(tmp_path / "other", POINTS[0], random_episodes(np.random.default_rng(0), 9))
+    (tmp_path / "other" / "dataset.json").write_text(json.dumps({"env_info": {"task_names": POINTS[:1]}}))
+    with pytest.raises(brc.UserError, match="--dataset is not the data that this run learns from"):
+        train("--resume", tmp_path / "run", "--dataset", tmp_path / "other", "--total-updates", 9)
+
+
 def test_minari_round_trip(tmp_path, monkeypatch):
     """Made with Minari from real Pendulum steps, read by the script: the same transitions, actions in [-1, 1]."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
