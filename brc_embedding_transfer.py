@@ -17,8 +17,8 @@ run directory of a multi-task run of brc_sac_continuous.py and never acts in the
   model      a single-task learner starts from the pretrained actor, critic and target critic, with a new embedding, and
              learns online from the new task alone: SAC+BRC as in brc_sac_continuous.py              (Figures 2, 10, 11)
   embedding  everything is frozen but the embedding e of the new task, inferred from --adaptation-transitions of it:
-               selected  of the pretrained e_j that which succeeded while it acted; where none did, or several, the
-                         one with the lowest TD(e) on all transitions            (the paper's few-shot, Figure 11)
+               selected  the pretrained e_j that succeeded while it acted; where none did, or several, that with
+                         the lowest TD(e) on all transitions                     (the paper's few-shot, Figure 11)
                random    one of the pretrained e_j                               (the paper's zero-shot, Figure 11)
                tuned     Adam on TD(e) from the selected one; the e with the lowest TD(e) on the way         (ours)
                mean      the mean of the pretrained e_j                                                      (ours)
@@ -212,7 +212,7 @@ RESUMABLE = {  # arguments that a resumed run may change
 }  # fmt: skip
 BATCH_SIZES = {"single-task": 256, "multi-task": 1024}
 PROTOCOLS = {  # arguments that not all protocols use: those that do
-    **dict.fromkeys(("embedding_init", "load_optimizer"), ("model",)), 
+    **dict.fromkeys(("embedding_init", "load_optimizer"), ("model",)),
     **dict.fromkeys(("prior_learner", "prior_fraction"), ("data",)),
     **dict.fromkeys(("embedding_lr", "embedding_updates", "heatmap"), ("embedding",)),
     "adaptation_transitions": ("embedding", "model"),
