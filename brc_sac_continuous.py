@@ -2382,7 +2382,11 @@ def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
             with ocp.StandardCheckpointer() as checkpointer:
-                state = type(state)(**checkpointer.restore((path / "state").absolute(), state._asdict()))
+                try:
+                    state = type(state)(**checkpointer.restore((path / "state").absolute(), state._asdict()))
+                except ValueError as error:  # Orbax's, which prints both trees; the files are as they were written
+                    another = "is whole, but of other arguments or of another version of this script"
+                    raise UserError(f"checkpoint {path} {another}; start a new run") from error
             for piece in sorted((path / "replay").iterdir()) if replay is not None else ():
                 ring, inserted = replay.slots.shape[1], counters["replay_inserted"]
                 first, last = map(int, piece.stem.split("-"))

@@ -255,6 +255,26 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, small_file
     assert counters["step"] == 21 and float(state.weights[-1]) == 99_999
 
 
+class More(NamedTuple):
+    """A learner that has come to hold more than State."""
+
+    weights: object = jnp.arange(100_000.0)
+    average: object = jnp.arange(100_000.0)
+
+
+@pytest.mark.parametrize("other", [More(), State(jnp.zeros(50))], ids=["another tree", "other sizes"])
+def test_a_checkpoint_of_another_learner_is_not_called_damaged(tmp_path, capsys, other):
+    """One line, where Orbax prints both trees with their numbers; and the checkpoint stays as it is."""
+    with new_run(tmp_path, checkpoint_every=10) as run:
+        run.start()
+        evaluate_at(run, 10)
+        run.save(State())
+    with pytest.raises(brc.UserError, match="is whole, but of other arguments or of another version") as raised:
+        brc.load_checkpoint(run.directory, other)
+    assert len(str(raised.value)) < 300 and "damaged" not in capsys.readouterr().err
+    brc.load_checkpoint(run.directory, State(jnp.zeros(100_000)))
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
     rename = Path.rename
 

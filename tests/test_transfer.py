@@ -670,7 +670,7 @@ def test_refuses_damaged_runs(counters, tmp_path, command_line):
     for path in (copy / "checkpoints").glob("*/checkpoint.json"):
         path.write_text(path.read_text()[:-9])
     status, stderr = command_line("--pretrained", copy, "--env-ids", SMALLER)
-    assert status == 2 and "none of its checkpoints is whole" in error_line(stderr)
+    assert status == 2 and "none of its checkpoints can be used" in error_line(stderr)
     shutil.rmtree(copy / "checkpoints")
     status, stderr = command_line("--pretrained", copy, "--env-ids", SMALLER)
     assert status == 2 and "that run has no checkpoint yet" in error_line(stderr)
