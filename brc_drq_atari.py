@@ -246,6 +246,24 @@ def augment(key: jax.Array, images: jax.Array, pad: int = 4, intensity: float = 
     return jax.vmap(crop)(padded, corners) * (1 + intensity * noise)
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 max pooling of stride 2 and padding "SAME", as flax's nn.max_pool, of x [batch, height, width, channels].
+
+    In this form its gradient, which is the same, is a tenth of the work for XLA's CPU backend, and an update 0.7.
+    """
+    for axis in (2, 1):
+        size = x.shape[axis]
+        pooled = -(-size // 2)
+        missing = 2 * pooled + 1 - size
+        padding = [(0, 0)] * 4
+        padding[axis] = (missing // 2, missing - missing // 2)
+        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+        x, *others = (jax.lax.slice_in_dim(padded, k, k + 2 * pooled - 1, 2, axis) for k in range(3))
+        for other in others:
+            x = jnp.where(other > x, other, x)  # of equals the first has the gradient
+    return x
+
+
 class ImpalaEncoder(nn.Module):
     """Impala's residual network (Espeholt et al., 2018; scaled as in Schwarzer et al., 2023), [batch, features].
 
@@ -261,7 +279,7 @@ class ImpalaEncoder(nn.Module):
             return nn.Conv(channels, (3, 3), dtype=self.dtype, kernel_init=xavier)(x)
 
         for channels in self.channels:
-            x = nn.max_pool(convolution(channels, x), (3, 3), (2, 2), padding="SAME")
+            x = max_pool(convolution(channels, x))
             for _ in range(2):
                 y = convolution(channels, nn.relu(x))
                 x = x + convolution(channels, nn.relu(y))

@@ -524,6 +524,24 @@ def test_output_shapes():
         assert parameters["params"]["Dense_0"]["kernel"].shape == (rows, 8)
 
 
+@pytest.mark.parametrize("size", [84, 42, 21, 11, 2, 1])
+def test_max_pool_is_flaxs_with_its_gradient_ties_and_nans(size):
+    """Integers from 0 to 2 tie in most windows, as the flat surfaces of a game do; windows of zeros only, as after a
+    rectifier, too."""
+    images = jax.random.randint(jax.random.PRNGKey(0), (3, size, size, 2), 0, 3).astype(jnp.float32)
+    images = images.at[0].set(0)
+
+    def flax_pool(x):
+        return brc.nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+
+    values, gradient = jax.vjp(brc.max_pool, images)
+    expected, expected_gradient = jax.vjp(flax_pool, images)
+    np.testing.assert_array_equal(values, expected)
+    cotangent = 2.0 ** jax.random.randint(jax.random.PRNGKey(1), values.shape, -4, 4)  # sums of these are exact
+    np.testing.assert_array_equal(gradient(cotangent)[0], expected_gradient(cotangent)[0])
+    assert not jnp.isfinite(brc.max_pool(images.at[1, ..., 0].set(jnp.nan))[1, ..., 0]).any()
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_embeddings_have_norm_one(norm):
     """And keep their direction: only their length is fixed."""
