@@ -524,22 +524,27 @@ def test_output_shapes():
         assert parameters["params"]["Dense_0"]["kernel"].shape == (rows, 8)
 
 
-@pytest.mark.parametrize("size", [84, 42, 21, 11, 2, 1])
+@pytest.mark.parametrize("size", [42, 11, 2, 1])
 def test_max_pool_is_flaxs_with_its_gradient_ties_and_nans(size):
-    """Integers from 0 to 2 tie in most windows, as the flat surfaces of a game do; windows of zeros only, as after a
-    rectifier, too."""
-    images = jax.random.randint(jax.random.PRNGKey(0), (3, size, size, 2), 0, 3).astype(jnp.float32)
-    images = images.at[0].set(0)
+    """Integers from 0 to 2 tie in most windows, as the flat surfaces of a game do; one image is all zeros, as after a
+    rectifier, and one all NaN."""
+    images = np.random.default_rng(0).integers(0, 3, (3, size, size, 2)).astype(np.float32)
+    images[0] = 0
 
-    def flax_pool(x):
-        return brc.nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradient(pool, images, weights):
+        values, gradient = jax.vjp(pool, images)
+        return values, gradient(weights)[0]
 
-    values, gradient = jax.vjp(brc.max_pool, images)
-    expected, expected_gradient = jax.vjp(flax_pool, images)
-    np.testing.assert_array_equal(values, expected)
-    cotangent = 2.0 ** jax.random.randint(jax.random.PRNGKey(1), values.shape, -4, 4)  # sums of these are exact
-    np.testing.assert_array_equal(gradient(cotangent)[0], expected_gradient(cotangent)[0])
-    assert not jnp.isfinite(brc.max_pool(images.at[1, ..., 0].set(jnp.nan))[1, ..., 0]).any()
+    def flaxs(images):
+        return brc.nn.max_pool(images, (3, 3), (2, 2), padding="SAME")
+
+    pooled = -(-size // 2)
+    weights = np.exp2(np.random.default_rng(1).integers(-4, 4, (3, pooled, pooled, 2)), dtype=np.float32)  # exact sums
+    ours, theirs = (value_and_gradient(pool, images, weights) for pool in (brc.max_pool, flaxs))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    images[1] = np.nan
+    assert not np.isfinite(value_and_gradient(brc.max_pool, images, weights)[0][1]).any()
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
