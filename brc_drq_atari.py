@@ -13,11 +13,12 @@
 computes, for game i:
 
   support          z_j = V_min + (j - 1) (V_max - V_min) / (N_atoms - 1)                                (Eq. 1)
-  normalization    Gbar_i <- max(Gbar_i, |r_t|) at once, max(Gbar_i, max_t |G_i(s_t)|) at an episode's end   (Eq. 2)
+  normalization    Gbar_i <- max(Gbar_i, max_t |G_i(s_t)|) when an episode ends                          (Eq. 2)
+                   Gbar_i <- max(Gbar_i, |r_t|) at every step                                            (ours)
                    r_i <- r_i V_max / Gbar_i   (no entropy, so lambda_i = 0)                            (Eq. 3)
   n-step return    R = sum over k < n of gamma^k r_{t+k}, n = 3, cut at a lost life or the end          (Table 4)
   greedy action    a* = argmax_a E[z ~ p_theta(s_{t+n}, a)], by the online network (double Q, DrQ(eps)) (C.1)
-  critic target    y = projection onto z of  R + gamma^n (1 - terminated) z,  z ~ p_target(s_{t+n}, a*) (C.2)
+  TD target        y = projection onto z of  R + gamma^n (1 - terminated) z,  z ~ p_target(s_{t+n}, a*) (C.2)
   critic loss      cross-entropy of p_theta(s_t, a_t) with y                                            (Section 3)
   task embedding   e_i / |e_i|_1, appended to the encoder's output: the encoder is task-agnostic        (C.4)
   target critic    theta_target <- (1 - tau) theta_target + tau theta, after every update               (C.1)
@@ -90,8 +91,8 @@ except ImportError:  # Windows
     fcntl = None
 
 # ======================================================================================================================
-# Part 1 of 3, the algorithm. Who stops reading at its end has read all of BRC: arguments, networks, projection, return
-# normalization, agent, replay, main. Part 2: games and environments. Part 3: the run.
+# Part 1 of 3, the algorithm. Whoever stops reading at its end has read all of BRC: arguments, networks, projection,
+# return normalization, agent, replay, main. Part 2: games and environments. Part 3: the run.
 # ======================================================================================================================
 
 
@@ -131,7 +132,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints and logging may be given anew"""
+    checkpoints, logging and environment processes may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -139,7 +140,7 @@ class Args:
     env_workers: Annotated[int | None, "[1, inf)"] = None
     """processes for the environments that envpool does not step (default: one per core, at most one per task)"""
     env_timeout: Annotated[float, "(0, inf)"] = 600.0
-    """seconds after which one of them counts as hung: it is started again, and its episodes are dropped"""
+    """seconds after which such a process counts as hung: it is started again, and its episodes are dropped"""
     total_timesteps: Annotated[int | None, "[0, inf)"] = None
     """steps per game, of four frames each (default: 100,000, Atari 100k); 0 builds everything and exits"""
     learning_starts: PositiveInt = 1_600
@@ -209,7 +210,7 @@ class Args:
     variant: Literal["paper", "released-code"] = "paper"
     """where the paper and the authors' released code differ: released-code
     stands for --embedding-norm l2 --truncation-bootstrap mean-reward;
-    one of these given by hand wins"""
+    any of these given by hand wins"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released SAC code"""
     truncation_bootstrap: Literal["critic", "mean-reward"] = "critic"
@@ -218,7 +219,7 @@ class Args:
     """number format in which the encoder computes; its parameters are float32 in any case"""
 
 
-RELEASED_CODE = {  # defaults under --variant released-code: parse_args in part 3 takes them before the command line
+RELEASED_CODE = {  # defaults under --variant released-code, see parse_args in part 3
     "variant": "released-code", "embedding_norm": "l2", "truncation_bootstrap": "mean-reward",
 }  # fmt: skip
 RESUMABLE = {  # arguments that a resumed run may change
@@ -336,12 +337,12 @@ def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: flo
 
 # Copied from brc_sac_continuous.py
 class ReturnNormalizer:
-    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
+    """Largest absolute return seen in each task (C.2, Eq. 2): max_return is Gbar_i.
 
-    max_return is G_i (Gbar_i above). It covers |r| at once, which is not in the paper, as a reward enters the replay
-    before its episode ends; and returns when the episode ends, with zero after the end if it terminated, the given
-    bootstrap value if it was truncated. With a bootstrap of at most G_i in magnitude, G_i <= max |r| / (1 - discount)
-    by induction: |r| + discount G_i keeps the bound.
+    It covers every reward as it arrives (ours: a reward is learned from before its episode ends), and every return of
+    an episode once that has ended. What follows the end counts 0 if the episode terminated, the given bootstrap value
+    if it was truncated. The critic's is at most Gbar_i in magnitude, so that Gbar_i <= max |r| / (1 - discount) by
+    induction: |r| + discount Gbar_i keeps the bound.
     """
 
     def __init__(self, num_tasks: int, discount: float):
@@ -370,7 +371,7 @@ class ReturnNormalizer:
                 self.max_return[task] = max(self.max_return[task], abs(value))
 
     def named(self, tasks: list[str]) -> dict[str, float]:
-        """G_i for TensorBoard."""
+        """Gbar_i, for TensorBoard."""
         return {f"normalizer/{task}": g for task, g in zip(tasks, self.max_return, strict=True)}
 
 
@@ -381,7 +382,7 @@ EVAL_EPSILON = 0.001  # as in DrQ(eps)
 
 
 class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
+    """Everything that an update changes, on the device."""
 
     critic: Any  # {"network": ..., "embedding": [num_tasks, embedding_size] or absent}
     critic_optimizer: Any
@@ -442,10 +443,10 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
         return jnp.where(jnp.arange(num_actions) < own_actions[task_ids][:, None], values, -jnp.inf)
 
     def reward_scale(max_return):
-        """V_max / G_i for each task (Eq. 3 without entropy)."""
+        """V_max / Gbar_i for each task (Eq. 3 without entropy)."""
         return args.v_max / jnp.maximum(max_return, MIN_SCALE) if args.normalize_returns else jnp.ones(num_tasks)
 
-    def critic_target(state, batch, next_images, max_return):
+    def td_target(state, batch, next_images, max_return):
         """Target distribution [batch, num_atoms] (C.2): online network chooses the action, target network rates it."""
         greedy = q_values(logits(state.critic, next_images, batch.task_ids), batch.task_ids).argmax(-1)
         outputs = logits(state.target_critic, next_images, batch.task_ids)
@@ -466,7 +467,7 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
         now, later = images(batch.frames), images(batch.next_frames)
         if args.augmentation:
             now, later = augment(image_key, now), augment(next_key, later)
-        target, returns = critic_target(state, batch, later, max_return)
+        target, returns = td_target(state, batch, later, max_return)
         value, gradient = jax.value_and_grad(critic_loss)(state.critic, batch, now, target)
         step, critic_optimizer = optimizer.update(gradient, state.critic_optimizer, state.critic)
         critic = optax.apply_updates(state.critic, step)
@@ -482,7 +483,7 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
     # Copied from brc_sac_continuous.py
     def update(state: AgentState, batches: Batch, max_return: jax.Array):
         """The utd updates of one vector step, one compiled call, and the last one's metrics. batches: [utd, batch_size,
-        ...]; max_return: G_i."""
+        ...]; max_return: Gbar_i."""
         for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
             state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
         return state, metrics
@@ -678,7 +679,7 @@ def main(args: Args) -> None:
             if run.checkpoint_due():
                 run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
             if run.evaluation_due():
-                continue  # an environment failed meanwhile: once more, from the start
+                continue  # still due: an environment failed and cut it
             if run.over():
                 break
 
@@ -692,11 +693,11 @@ def main(args: Args) -> None:
                 actions = rng.integers(envs.action_dims)
             actions = np.asarray(actions)
             envs.send(actions)
-            # 2. while the environments step and the device updates, the next step's batches go there
-            rng_state = rng.bit_generator.state  # from which a resumed run draws them again
+            # 2. meanwhile draw the next step's batches, without this step's transitions, and move them to the device
+            rng_state = rng.bit_generator.state  # a resumed run goes on from before the draw
             if learning:
                 batches = jax.device_put(draw())
-            # 3. receive, store, update G_i; for the critic, a lost life ends an episode
+            # 3. receive, store, update Gbar_i; for the critic, a lost life ends an episode
             frames, rewards, terminated, truncated, life_lost, first, valid = envs.recv()
             ended = terminated | life_lost
             if args.clip_rewards:

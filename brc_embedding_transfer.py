@@ -17,25 +17,26 @@ run directory of a multi-task run of brc_sac_continuous.py and never acts in the
   model      a single-task learner starts from the pretrained actor, critic and target critic, with a new embedding, and
              learns online from the new task alone: SAC+BRC as in brc_sac_continuous.py              (Figures 2, 10, 11)
   embedding  everything is frozen but the embedding e of the new task, inferred from --adaptation-transitions of it:
-               selected  the pretrained e_j that succeeded while it acted; where none did, or several, that with
-                         the lowest TD(e) on all transitions                     (the paper's few-shot, Figure 11)
+               selected  the pretrained e_j with the lowest TD(e) on all transitions, among those that succeeded while
+                         they acted, if any did    (the paper's few-shot, Figure 11: "the best-performing"; how is ours)
                random    one of the pretrained e_j                               (the paper's zero-shot, Figure 11)
                tuned     Adam on TD(e) from the selected one; the e with the lowest TD(e) on the way         (ours)
-               mean      the mean of the pretrained e_j                                                      (ours)
+               mean      the mean of the pretrained e_j, of unit norm again                                  (ours)
                oracle    with --heatmap: the e_j that evaluation itself finds best, which no method can know
   data       a fresh learner; a share of each batch is transitions of pretraining (Ball et al., 2023) (Figure 11):
-               single-task  as if they were the new task's, so one G covers all of them              (the paper's)
-               multi-task   each with its own task's embedding and G, in a critic of old and new tasks       (ours)
+               single-task  as if they were the new task's, so one Gbar covers all of them              (the paper's)
+               multi-task   each with its own task's embedding and Gbar, in a critic of old and new tasks       (ours)
   scratch    the control: the same learner with nothing given
 
   TD(e)      KL(y || p_k(s, a, e)), summed over critics k, mean over transitions; y gets no gradient. (Cross-entropy
              alone would prefer the e whose own target is sharpest.)
-  y          as in C.2: projection of  r V_max / (G + lambda) + gamma (1 - terminated) (z - alpha log pi(a'|s', e))
-             with a' ~ pi(s', e); G and lambda (Eq. 2-4) are those of the pretraining task that e comes from
+  y          as in C.2: projection of  r V_max / (Gbar + lambda) + gamma (1 - terminated) (z - alpha log pi(a'|s', e))
+             with a' ~ pi(s', e), z with the target critics' mean p(s', a', e); Gbar and lambda (Eq. 2-4) are those of
+             the pretraining task that e comes from, so that TD(e_j) compares e_j whose tasks have a similar Gbar
 
-All four have the networks of the pretrained run, and what --variant chose in pretraining (embedding norm, tail of a
-truncated return, lambda) holds here, too. A new task may have fewer observations and actions than the pretrained agent:
-they are padded as in pretraining.
+All four protocols have the networks of the pretrained run, and what --variant chose in pretraining (embedding norm,
+tail of a truncated return, lambda) holds here, too. A new task may have fewer observations and actions than the
+pretrained agent: they are padded as in pretraining.
 
   python brc_sac_continuous.py --env-ids metaworld/reach metaworld/door-close metaworld/handle-press --run-name many
   python brc_embedding_transfer.py --pretrained runs/many --env-ids metaworld/reach-wall                   # model
@@ -93,13 +94,13 @@ except ImportError:  # Windows
     fcntl = None
 
 # ======================================================================================================================
-# Part 1 of 3, the algorithm. SAC+BRC's agent and replay are copies of brc_sac_continuous.py's; transfer itself begins
-# at "the pretrained agent". Part 2: tasks and environments. Part 3: the run (directory, curves, checkpoints).
+# Part 1 of 3, the algorithm. SAC+BRC's agent and replay are copies of brc_sac_continuous.py's, whose args are here
+# merged_settings; transfer itself begins at "the pretrained agent". Part 2: tasks and environments. Part 3: the run.
 # ======================================================================================================================
 
 SCRIPT = "brc_embedding_transfer"
 PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
-AGGREGATES = {"mean": np.mean}  # over tasks, of an evaluation
+AGGREGATES = {"mean": np.mean}  # over tasks, for what an evaluation reports
 
 PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
 NonNegativeInt = Annotated[int, "[0, inf)"]
@@ -129,7 +130,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints and logging may be given anew"""
+    checkpoints, logging and environment processes may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -137,7 +138,7 @@ class Args:
     env_workers: Annotated[int | None, "[1, inf)"] = None
     """processes for the environments that envpool does not step (default: one per core, at most one per task)"""
     env_timeout: Annotated[float, "(0, inf)"] = 600.0
-    """seconds after which one of them counts as hung: it is started again, and its episodes are dropped"""
+    """seconds after which such a process counts as hung: it is started again, and its episodes are dropped"""
     total_timesteps: NonNegativeInt = 500_000
     """environment steps of model, data and scratch (Figure 11); 0 builds everything and exits"""
     learning_starts: PositiveInt = 5_000
@@ -158,29 +159,30 @@ class Args:
     """Weights & Biases project"""
 
     embedding_init: Literal["mean", "best", "random"] = "mean"
-    """model: the new embedding is the mean of the pretrained ones, a random one of them, or the best, which costs the
-    first --adaptation-transitions steps"""
+    """model: the new embedding is the mean of the pretrained ones (the paper does not say), a random one of them, or
+    the best, which costs the first --adaptation-transitions steps"""
     load_optimizer: bool = False
     """model: continue with the pretrained optimizers' moments, too"""
     adaptation_transitions: PositiveInt = 300
-    """embedding: transitions of each new task from which its embedding is inferred (the paper: less than a thousand)"""
+    """transitions of a new task from which embedding, and --embedding-init best, infer its embedding (Section 5)"""
     embedding_lr: NonNegativeFloat = 3e-4
-    """embedding: Adam learning rate of the tuned embedding (default: measured, see benchmark/results/README.md)"""
+    """embedding: Adam learning rate of the tuned embedding (1e-4 to 1e-2 do alike: benchmark/results/README.md)"""
     embedding_updates: NonNegativeInt = 500
     """embedding: gradient steps on the tuned embedding, each on all transitions"""
     heatmap: bool = False
     """embedding: evaluate every pretrained embedding on every new task, to heatmap.csv and heatmap.png (Figure 24)"""
     prior_learner: Literal["single-task", "multi-task"] = "single-task"
     """data: what learns from pretraining's transitions: one task, to which they seem to belong (the paper's), or each
-    with its own embedding and G (ours)"""
+    with its own embedding and Gbar (ours)"""
     prior_fraction: Annotated[float | None, "[0, 1)"] = 0.5
-    """data: share of pretraining transitions in each batch (Ball et al., 2023); None samples all transitions alike"""
+    """data: share of pretraining transitions in each batch (Ball et al., 2023, on whom D.1 builds, take half); None
+    samples all transitions alike, as from a buffer that held pretraining's (Section 4)"""
 
     discount: Annotated[float | None, "[0, 1)"] = None
     """gamma (default: the pretrained run's)"""
     batch_size: Annotated[int | None, "[1, inf)"] = None
-    """transitions per update (default: 256, the single-task batch of Section 4; 1024 with --prior-learner multi-task,
-    Table 3)"""
+    """transitions per update (default: 256 for one task, as in the released code, though Appendix D applies Table 3's
+    1024 to it too; 1024 with --prior-learner multi-task)"""
     utd: PositiveInt = 2
     """updates per environment step (Table 3)"""
     buffer_size: Annotated[int, "[9, inf)"] = 1_000_000
@@ -194,7 +196,7 @@ class Args:
     temperature_lr: NonNegativeFloat = 3e-4
     """learning rate of the temperature (Table 3), by Adam with b1 = 0.5 as in the released code"""
     weight_decay: NonNegativeFloat = 1e-4
-    """AdamW weight decay (Table 3)"""
+    """AdamW weight decay, of all parameters (Table 3)"""
     initial_temperature: Annotated[float | None, "[1e-12, inf)"] = None
     """alpha at the start (default: in model that of the end of pretraining, else the pretrained run's at its start)"""
     target_entropy: Annotated[float | None, "(-inf, inf)"] = None
@@ -211,7 +213,7 @@ RESUMABLE = {  # arguments that a resumed run may change
     "wandb_project", "env_backend", "env_workers", "env_timeout", "resume", "pretrained",
 }  # fmt: skip
 BATCH_SIZES = {"single-task": 256, "multi-task": 1024}
-PROTOCOLS = {  # arguments that not all protocols use: those that do
+USED_BY = {  # argument: the protocols that use it, if not all do
     **dict.fromkeys(("embedding_init", "load_optimizer"), ("model",)),
     **dict.fromkeys(("prior_learner", "prior_fraction"), ("data",)),
     **dict.fromkeys(("embedding_lr", "embedding_updates", "heatmap"), ("embedding",)),
@@ -227,15 +229,15 @@ PROTOCOLS = {  # arguments that not all protocols use: those that do
 def check_together(args: Args, tasks: list[str]) -> None:
     """Raises UserError for arguments that do not go together, also for one that the protocol would ignore."""
     if not args.pretrained:
-        raise UserError("no pretrained agent: give --pretrained, the run directory of brc_sac_continuous.py on tasks")
+        raise UserError("no pretrained agent: give --pretrained, a run of brc_sac_continuous.py on several tasks")
     if len(tasks) > 1 and args.protocol != "embedding":
-        raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one of --env-ids")
+        raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one with --env-ids")
     saved = args.resume or args.play  # a run whose arguments were checked
-    given = [name for name in PROTOCOLS if getattr(args, name) != getattr(Args, name) and not saved]
+    given = [name for name in USED_BY if getattr(args, name) != getattr(Args, name) and not saved]
     for name in given:
-        *others, last = PROTOCOLS[name]
-        builds = name == "total_timesteps" and not args.total_timesteps  # everything, in all of them
-        if args.protocol not in PROTOCOLS[name] and not builds:
+        *others, last = USED_BY[name]
+        builds = name == "total_timesteps" and not args.total_timesteps  # 0 builds everything, in every protocol
+        if args.protocol not in USED_BY[name] and not builds:
             protocols = f"{', '.join(others)} or {last}" if others else last
             raise UserError(f"--{name.replace('_', '-')} goes with --protocol {protocols}, not {args.protocol}")
     if "adaptation_transitions" in given and args.protocol == "model" and args.embedding_init != "best":
@@ -283,8 +285,8 @@ class BroNet(nn.Module):
 
 # Copied from brc_sac_continuous.py
 class SimBa(nn.Module):
-    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x inverted bottleneck; its input is normalized by
-    running statistics, of the sampled batches, which the agent keeps."""
+    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x inverted bottleneck. The agent normalizes its
+    observations by running statistics of the sampled batches."""
 
     width: int
     depth: int
@@ -326,7 +328,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, would be smaller
             keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
             return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
@@ -409,12 +411,12 @@ def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: flo
 
 # Copied from brc_sac_continuous.py
 class ReturnNormalizer:
-    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
+    """Largest absolute return seen in each task (C.2, Eq. 2): max_return is Gbar_i.
 
-    max_return is G_i (Gbar_i above). It covers |r| at once, which is not in the paper, as a reward enters the replay
-    before its episode ends; and returns when the episode ends, with zero after the end if it terminated, the given
-    bootstrap value if it was truncated. With a bootstrap of at most G_i in magnitude, G_i <= max |r| / (1 - discount)
-    by induction: |r| + discount G_i keeps the bound.
+    It covers every reward as it arrives (ours: a reward is learned from before its episode ends), and every return of
+    an episode once that has ended. What follows the end counts 0 if the episode terminated, the given bootstrap value
+    if it was truncated. The critic's is at most Gbar_i in magnitude, so that Gbar_i <= max |r| / (1 - discount) by
+    induction: |r| + discount Gbar_i keeps the bound.
     """
 
     def __init__(self, num_tasks: int, discount: float):
@@ -443,14 +445,14 @@ class ReturnNormalizer:
                 self.max_return[task] = max(self.max_return[task], abs(value))
 
     def named(self, tasks: list[str]) -> dict[str, float]:
-        """G_i for TensorBoard."""
+        """Gbar_i, for TensorBoard."""
         return {f"normalizer/{task}": g for task, g in zip(tasks, self.max_return, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------------- agent state and update
 
 # Copied from brc_sac_continuous.py
-ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 is a running mean, from 0 on, over each batch's entries of task i
+ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 starts at 0 and moves by this share to each batch's mean over task i
 # Copied from brc_sac_continuous.py
 MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
 
@@ -466,11 +468,11 @@ class RunningStatistics(NamedTuple):
 
 # Copied from brc_sac_continuous.py
 class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
+    """Everything that an update changes, on the device."""
 
     actor: Any  # parameters; *_optimizer: the optimizer's state
     actor_optimizer: Any
-    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic: Any  # parameters {"embedding": nn.Embed's, or absent, "ensemble": Critic's, leaves [num_critics, ...]}
     critic_optimizer: Any
     target_critic: Any  # as critic, its own averaged embedding included
     log_temperature: jax.Array  # one alpha for all tasks
@@ -482,15 +484,15 @@ class AgentState(NamedTuple):
 
 # Copied from brc_sac_continuous.py
 class Agent(NamedTuple):
-    """The functions of one agent, see make_agent: act to update are compiled, those after update serve diagnostics."""
+    """The functions of one agent, see make_agent."""
 
     init: Callable
-    act: Callable
+    act: Callable  # this one and the next three are compiled
     act_deterministic: Callable
     value: Callable
     update: Callable
-    embed: Callable
-    critic_target: Callable
+    embed: Callable  # from here on for diagnostics
+    td_target: Callable
     critic_loss: Callable
     actor_loss: Callable
 
@@ -569,11 +571,11 @@ def make_agent(
         return values.mean(0)
 
     def reward_scale(state, max_return):
-        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4).
+        """V_max / (Gbar_i + lambda_i) for each task (Eq. 3, 4).
 
         H_i is negative where the policy reaches its target entropy -|A|/2, and Eq. 4 as printed could flip the sign of
-        Eq. 3; hence |H_i|. As G_i >= |r|, a normalized reward never exceeds V_max. A soft return can, unlike C.2 says:
-        lambda_i is added in units of reward, while the entropy bonus enters the target in units of V_max. The
+        Eq. 3; hence |H_i|. As Gbar_i >= |r|, a normalized reward never exceeds V_max. A soft return can, unlike what
+        C.2 says: lambda_i is in units of reward, but the entropy bonus joins the target after the scaling. The
         projection clips the excess.
         """
         if not args.normalize_returns:
@@ -582,7 +584,7 @@ def make_agent(
         entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else own_dims / 4
         return args.v_max / jnp.maximum(max_return + temperature * entropy / (1 - args.discount), MIN_SCALE)
 
-    def critic_target(state, batch, max_return, key):
+    def td_target(state, batch, max_return, key):
         """Target distribution [batch, num_atoms] (C.2, with the entropy term of B's soft value), or target value
         [batch] with MSE, and normalized rewards. The policy takes the online embedding, the target critic its own."""
         next_observations, task_ids = batch.next_observations, batch.task_ids
@@ -626,7 +628,7 @@ def make_agent(
         if args.critic_arch == "simba":
             state = state._replace(statistics=update_statistics(state.statistics, batch.observations))
 
-        target, rewards = critic_target(state, batch, max_return, critic_key)
+        target, rewards = td_target(state, batch, max_return, critic_key)
         critic_loss_value, critic_gradient = jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
         changes, opt_state = critic_optimizer.update(critic_gradient, state.critic_optimizer, state.critic)
         critic = optax.apply_updates(state.critic, changes)
@@ -645,7 +647,7 @@ def make_agent(
 
         entropy = -log_probs.mean()
         temperature_loss = jnp.exp(state.log_temperature) * (entropy - target_entropy[batch.task_ids].mean())
-        gradient = temperature_loss  # in log alpha, of which alpha is its own derivative
+        gradient = temperature_loss  # by log alpha: d alpha / d log alpha = alpha, so the loss is its own gradient
         changes, opt_state = temperature_optimizer.update(gradient, state.temperature_optimizer)
         log_temperature = state.log_temperature + changes
         state = state._replace(log_temperature=log_temperature, temperature_optimizer=opt_state)
@@ -662,7 +664,7 @@ def make_agent(
 
     def update(state: AgentState, batches: Batch, max_return: jax.Array):
         """The utd updates of one vector step, one compiled call, and the last one's metrics. batches: [utd, batch_size,
-        ...]; max_return: G_i."""
+        ...]; max_return: Gbar_i."""
         for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
             state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
         return state, metrics
@@ -678,9 +680,9 @@ def make_agent(
     def value(state: AgentState, observations, max_return):
         """Critic's value of one observation per task at the policy's mean action, in units of reward, [tasks].
 
-        Undoes Eq. 3 by G_i / V_max and clips, so that the tail of a return never exceeds G_i (C.2 does not say how). By
-        (G_i + lambda_i) / V_max, a truncation could raise G_i by about lambda_i, again and again, as it never falls:
-        on dmc/dog-walk it ran away.
+        C.2 says "critic output" and not how it is scaled back. By Gbar_i / V_max and clipped (a scalar critic has no
+        bounds), the tail of a return never exceeds Gbar_i. Scaled back by (Gbar_i + lambda_i) / V_max, every truncation
+        could raise Gbar_i, which never falls, by about lambda_i: on dmc/dog-walk it ran away.
         """
         task_ids = jnp.arange(len(observations))
         actions = act_deterministic(state.actor, state.critic, observations, task_ids)
@@ -689,7 +691,7 @@ def make_agent(
 
     return Agent(
         init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0), embed,
-        critic_target, critic_loss, actor_loss,
+        td_target, critic_loss, actor_loss,
     )  # fmt: skip
 
 
@@ -790,8 +792,8 @@ class Replay:
 def sample(
     rng, online: Replay, prior: Replay | None, num_prior: int, utd: int, batch_size: int, one_task: bool
 ) -> Batch:
-    """Batches [utd, batch_size, ...]: num_prior rows of prior tasks (1, 2, ...; 0 if all are to be one), if there are
-    any, the others of the new one (0)."""
+    """Batches [utd, batch_size, ...]: num_prior rows of `prior`, with task ids 1, 2, ... (0 with one_task), if there is
+    one, the others of the new task, id 0."""
     if prior is None:
         return online.sample(rng, utd, batch_size)
     batch, earlier = online.sample(rng, utd, batch_size - num_prior), prior.sample(rng, utd, num_prior)
@@ -808,8 +810,8 @@ def prior_rows(args: Args, rng: np.random.Generator, prior_size: int, new_size: 
 
 
 def all_transitions(replay: Replay, rows: int | None = None) -> tuple[Batch, int]:
-    """Every transition of the new task, [rows, ...], and their number. Rows after it (default: none) repeat them, so
-    that what is compiled for `rows` serves while transitions come in."""
+    """Every transition of the new task and their number. With `rows`, padded to [rows, ...] by repetition, so that one
+    compilation serves while transitions come in."""
     slots = np.flatnonzero(replay.slots["valid"][0])
     taken = np.resize(slots, rows or len(slots))
     return replay.gather(np.zeros(len(taken), np.int32), taken), len(slots)
@@ -827,28 +829,29 @@ class Pretrained(NamedTuple):
     settings: SimpleNamespace  # what make_agent takes as arguments in this run, see merged_settings
     state: AgentState
     embeddings: np.ndarray  # [num_tasks, embedding_size], of unit norm
-    max_return: np.ndarray  # [num_tasks], G_i
+    max_return: np.ndarray  # [num_tasks], Gbar_i
     replay: Replay | None  # with --protocol data
 
 
 def merged_settings(args: Args, saved: dict) -> SimpleNamespace:
     """Arguments of make_agent: of this run's those that have a value, else the pretrained run's. So its networks, atoms
-    and variant of the paper stay, and learning is this run's, whose target entropy is for other tasks."""
+    and variant of the paper stay, and learning is this run's. The pretrained target entropy was for other tasks."""
     given = {name: value for name, value in asdict(args).items() if value is not None}
     return SimpleNamespace(**{**saved, **given, "target_entropy": args.target_entropy})
 
 
 def read_arguments(args: Args) -> dict:
-    """args.json of --pretrained, which takes no time. Raises UserError unless it is a multi-task run of
+    """args.json of --pretrained, before anything is made. Raises UserError unless it is a multi-task run of
     brc_sac_continuous.py with a checkpoint and what the protocol needs."""
     directory, needed = Path(args.pretrained), {"task_conditioning": "embedding"}
     if args.protocol == "embedding" or (args.protocol, args.embedding_init) == ("model", "best"):
-        needed["critic_loss"] = "ce"  # TD(e) is a cross-entropy
+        needed["critic_loss"] = "ce"  # TD(e) compares distributions
     try:
         saved = json.loads((directory / "args.json").read_text())
         if (script := saved["script"]) != "brc_sac_continuous":
             raise UserError(f"--pretrained {directory}: that run was made by {script}, not by brc_sac_continuous")
         info, settings = SimpleNamespace(**saved["env_info"]), merged_settings(args, saved)
+        # raises AttributeError if an argument is missing
         make_agent(settings, len(info.task_names), info.observation_dim, info.action_dim, info.action_dims)
         unfit = [name for name, value in needed.items() if saved[name] != value]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -858,7 +861,8 @@ def read_arguments(args: Args) -> dict:
         raise UserError(f"--pretrained {directory}: that run has one task, {task}; transfer needs several")
     if unfit:
         has, needs = (", ".join(f"--{k.replace('_', '-')} {v[k]}" for k in unfit) for v in (saved, needed))
-        raise UserError(f"--pretrained {directory}: that run has {has}; --protocol {args.protocol} needs {needs}")
+        what = f"{args.protocol} --embedding-init best" if args.protocol == "model" else args.protocol
+        raise UserError(f"--pretrained {directory}: that run has {has}; --protocol {what} needs {needs}")
     if not checkpoint_steps(directory):
         raise UserError(f"--pretrained {directory}: that run has no checkpoint yet")
     return saved
@@ -871,10 +875,10 @@ def load_pretrained(args: Args, saved: dict) -> Pretrained:
     settings = merged_settings(args, saved)
     num_tasks, sizes = len(info.task_names), (info.observation_dim, info.action_dim)
     agent, replay = make_agent(settings, num_tasks, *sizes, info.action_dims), None
-    if args.protocol == "data":
+    if args.protocol == "data" and not args.play:
         replay = Replay(num_tasks, min(saved["buffer_size"], max(saved["total_timesteps"], 1) + 1000), *sizes)
     try:
-        state, counters = load_checkpoint(directory, agent.init(0), replay)
+        state, counters = load_checkpoint(directory, agent.init(0), replay, read_only=True)
     except UserError as error:
         raise UserError(f"--pretrained {directory}: none of its checkpoints can be used ({error})") from error
     if run_dir := args.play or args.resume:
@@ -896,7 +900,7 @@ def target_envs(
         size, largest = getattr(envs, f"{what}_dim"), getattr(info, f"{what}_dim")
         if size > largest:
             envs.close()
-            raise UserError(f"{task} has {size} {what}s, the pretrained agent of {args.pretrained} only {largest}")
+            raise UserError(f"{task}: {what} of size {size}, more than the {largest} of {args.pretrained}'s agent")
     envs.observation_dim, envs.action_dim = info.observation_dim, info.action_dim
     envs.action_mask = np.arange(envs.action_dim) < np.array(envs.action_dims)[:, None]
     return envs
@@ -927,7 +931,7 @@ def with_embedding(state: AgentState, table: dict) -> AgentState:
 
 
 def candidates(pretrained: Pretrained) -> list[tuple[AgentState, np.ndarray]]:
-    """The frozen agent with each pretrained embedding and its task's H, and the G [1] that rewards are divided by."""
+    """The frozen agent with each pretrained embedding and its task's H, and the Gbar [1] that divides rewards."""
     state, found = pretrained.state, []
     for task, embedding in enumerate(pretrained.embeddings):
         own = state._replace(entropy=state.entropy[task : task + 1])
@@ -936,13 +940,14 @@ def candidates(pretrained: Pretrained) -> list[tuple[AgentState, np.ndarray]]:
 
 
 def start_from_pretrained(args: Args, pretrained: Pretrained, fresh: AgentState, embedding: np.ndarray) -> AgentState:
-    """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding and, with
-    --load-optimizer, the optimizers' moments; the new embedding's are the mean of the pretrained ones'. G and H_i are
-    the new task's and start at zero: the --learning-starts steps of the pretrained policy set G before the first
-    update."""
+    """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding, as long as the
+    pretrained parameters are, since a shorter one would turn faster, and, with --load-optimizer, the optimizers'
+    moments; the new embedding's are the mean over the pretrained rows. H_i is the new task's and starts at zero."""
     old = pretrained.state
     networks = {name: getattr(old, name) for name in ("actor", "critic", "target_critic", "statistics")}
-    state = with_embedding(fresh._replace(**networks), embedding_table(embedding))
+    length = np.linalg.norm(old.critic["embedding"]["params"]["embedding"], axis=-1).mean()
+    table = embedding_table(embedding * length / np.linalg.norm(embedding))
+    state = with_embedding(fresh._replace(**networks), table)
     if args.initial_temperature is None:
         state = state._replace(log_temperature=old.log_temperature)
     if args.load_optimizer:
@@ -958,18 +963,19 @@ def start_from_pretrained(args: Args, pretrained: Pretrained, fresh: AgentState,
 
 # ---------------------------------------------------------------------------------- embedding of a new task, all frozen
 
-MIN_SEGMENT = 25  # steps that an embedding acts at least, so that its return says something
+MIN_SEGMENT = 25  # steps that an embedding acts at least, so that it has a chance to succeed
 
 
 @partial(jax.jit, static_argnums=0)
-def td_cross_entropy(agent: Agent, state: AgentState, batch: Batch, count: int, max_return: jax.Array) -> jax.Array:
+def td_divergence(agent: Agent, state: AgentState, batch: Batch, count: int, max_return: jax.Array) -> jax.Array:
     """TD(e) of the top of the file, a scalar; e is the embedding in `state`, and its gradient is that of p_k, not of y.
-    batch: [rows, ...] of the new task, the first `count` of which are meant; max_return: [1], G of e's task."""
+    batch: [rows, ...] of the new task, of which only the first `count` count; max_return: [1], Gbar of e's task. The
+    fixed key gives every e the same noise."""
     num_critics = len(jax.tree.leaves(state.critic["ensemble"])[0])
 
-    def of_one(transition: Batch, key: jax.Array) -> jax.Array:
+    def of_one(transition: Batch, key: jax.Array) -> jax.Array:  # critic_loss is a mean, which cannot leave rows out
         row = jax.tree.map(lambda x: x[None], transition)
-        target = jax.lax.stop_gradient(agent.critic_target(state, row, max_return, key)[0])
+        target = jax.lax.stop_gradient(agent.td_target(state, row, max_return, key)[0])
         entropy = -jax.scipy.special.xlogy(target, target).sum()
         return agent.critic_loss(state.critic, state, row, target) - num_critics * entropy
 
@@ -979,11 +985,11 @@ def td_cross_entropy(agent: Agent, state: AgentState, batch: Batch, count: int, 
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def tune_embedding(agent: Agent, learning_rate: float, state: AgentState, optimizer_state, batch: Batch, max_return):
+def tuning_step(agent: Agent, learning_rate: float, state: AgentState, optimizer_state, batch: Batch, max_return):
     """One gradient step on the embedding in `state`; returns state, optimizer_state and the TD(e) before it."""
 
     def loss(table):
-        return td_cross_entropy(agent, with_embedding(state, table), batch, len(batch.rewards), max_return)
+        return td_divergence(agent, with_embedding(state, table), batch, len(batch.rewards), max_return)
 
     table = state.critic["embedding"]
     value, gradient = jax.value_and_grad(loss)(table)
@@ -995,9 +1001,10 @@ def tuned_embedding(args: Args, agent: Agent, state: AgentState, max_return: np.
     """The embedding with the lowest TD(e) on the way of gradient descent from that of `state`; everything else in
     `state` stays as it is. Returns the state with it, and TD(e) before and after."""
     optimizer_state, history = optax.adam(args.embedding_lr).init(state.critic["embedding"]), []
+    best = state
     for _ in range(args.embedding_updates + 1):
         tried = state
-        state, optimizer_state, td = tune_embedding(agent, args.embedding_lr, state, optimizer_state, batch, max_return)
+        state, optimizer_state, td = tuning_step(agent, args.embedding_lr, state, optimizer_state, batch, max_return)
         history.append(float(td))
         if history[-1] == min(history):
             best = tried
@@ -1016,7 +1023,7 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
     def td(i: int) -> float:
         """TD(e_i) on the transitions so far."""
         seen = all_transitions(replay, args.adaptation_transitions)
-        return float(td_cross_entropy(agent, states[i][0], *seen, states[i][1]))
+        return float(td_divergence(agent, states[i][0], *seen, states[i][1]))
 
     segments = max(1, min(len(states), args.adaptation_transitions // MIN_SEGMENT))
     ends = np.linspace(0, args.adaptation_transitions, segments + 1).astype(int)
@@ -1053,9 +1060,9 @@ def main(args: Args) -> None:
     tasks, _ = resolve_tasks(args.suite, args.env_ids)
     check_together(args, tasks)
     args.batch_size = args.batch_size or BATCH_SIZES[args.prior_learner]
-    protocol, total = learn, args.total_timesteps
+    transfer, total = learn, args.total_timesteps
     if args.protocol == "embedding":
-        protocol, total = adapt_embeddings, len(tasks) * args.adaptation_transitions * (total > 0)
+        transfer, total = adapt_embeddings, len(tasks) * args.adaptation_transitions * (total > 0)
     with Run(args, args.suite or tasks[0], total, experiment=f"{args.exp_name}-{args.protocol}") as run:
         saved = read_arguments(args)
         env_info = target_information(args, tasks, SimpleNamespace(**saved["env_info"]))
@@ -1068,19 +1075,20 @@ def main(args: Args) -> None:
         print(f"parameters: {parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
               f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
         source = {"pretrained_step": pretrained.step, "pretrained_tasks": pretrained.info.task_names}
-        protocol(args, pretrained, tasks, run, {"env_info": env_info, **source})
+        transfer(args, pretrained, tasks, run, {"env_info": env_info, **source})
 
 
 def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", information: dict) -> None:
     """--protocol model, data and scratch: one learner on one new task, as in brc_sac_continuous.py. The new task has
-    number 0. With --prior-learner multi-task those of prior data have 1, 2, ... and the G_i of pretraining; else they
-    are 0, too, and G starts from the largest of pretraining."""
+    number 0. With --prior-learner multi-task those of prior data have 1, 2, ... and the Gbar_i of pretraining; else
+    they are 0, too, and Gbar starts from the largest of pretraining."""
     env_seed, eval_seed = run.seeds()
     workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
     envs = target_envs(args, tasks[0], pretrained.info, 1, env_seed, workers)
     sizes, settings, prior = (envs.observation_dim, envs.action_dim), pretrained.settings, pretrained.replay
     action_dims, prior_max_return = list(envs.action_dims), np.zeros(0, np.float32)
-    prior_size, one_task = int(prior.slots["valid"].sum()) if prior else 0, args.prior_learner == "single-task"
+    prior_size = int(prior.slots["valid"].sum()) if prior else 0
+    one_task = args.prior_learner == "single-task"
     if prior and not one_task:
         action_dims, prior_max_return = action_dims + pretrained.info.action_dims, pretrained.max_return
     use_embedding = args.protocol == "model" or len(action_dims) > 1
@@ -1099,6 +1107,7 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
     if args.protocol == "model" and not saved:
         embedding = starting_embedding(args, agent, pretrained, envs, replay, rng, run)
         state = start_from_pretrained(args, pretrained, state, embedding)
+        # with --embedding-init best there are rewards, else the first steps of the pretrained policy bring them
         normalizer.max_return[0] = np.abs(all_transitions(replay)[0].rewards).max(initial=0)
     eval_envs = target_envs(args, tasks[0], pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
     task_ids, act_key, metrics = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1), {}
@@ -1118,7 +1127,7 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
         if run.checkpoint_due():
             run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
         if run.evaluation_due():
-            continue  # an environment failed meanwhile: once more, from the start
+            continue  # still due: an environment failed and cut it
         if run.over():
             break
 
@@ -1134,11 +1143,11 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
             state, metrics = agent.update(state, batches, max_return)
         actions = np.asarray(actions)
         envs.send(actions)
-        # 2. while the environment steps and the device updates, the next step's batches go there
-        rng_state = rng.bit_generator.state  # from which a resumed run draws them again
+        # 2. meanwhile draw the next step's batches, without this step's transition, and move them to the device
+        rng_state = rng.bit_generator.state  # a resumed run goes on from before the draw
         if learning:
             batches = jax.device_put(draw())
-        # 3. receive, store, update G
+        # 3. receive, store, update Gbar
         observations, rewards, terminated, truncated, valid, _ = envs.recv()
         replay.insert(actions, rewards, terminated, valid, observations)
         bootstrap = None
@@ -1166,11 +1175,12 @@ def starting_embedding(args: Args, agent: Agent, pretrained: Pretrained, envs, r
 
 
 def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", information: dict) -> None:
-    """--protocol embedding: for every new task, the four embeddings of the top of the file, evaluated.
+    """--protocol embedding: for every new task, the embeddings of the top of the file, evaluated.
 
-    Writes embedding.csv (all four, and the oracle), eval.csv (the tuned one), embeddings/<task>.npy (the tuned one,
-    [embedding_size]) and, with --heatmap, heatmap.csv and heatmap.png. A task's rows are written when it is finished,
-    so a resumed run goes on with the next. --play evaluates the tuned embeddings of the finished tasks.
+    Writes embedding.csv (all of them, and the transitions that each took), eval.csv (the tuned one),
+    embeddings/<task>.npy (the tuned one, [embedding_size]) and, with --heatmap, heatmap.csv and heatmap.png. A task's
+    rows are written when it is finished, so a resumed run goes on with the next. --play evaluates the tuned embeddings
+    of the finished tasks.
     """
     tables, transitions = read_tables(run.directory), args.adaptation_transitions
     finished = {row["target"] for row in tables["embedding.csv"]}
@@ -1178,7 +1188,9 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         tasks, tables, finished = [task for task in tasks if task in finished], {name: [] for name in tables}, set()
         if not tasks:
             raise UserError(f"--play {args.play}: no embedding is tuned there yet; wait for one")
-    run.step, run.last_evaluation = len(finished) * transitions, transitions  # step of a row: of its task alone
+    run.step, run.last_evaluation = len(finished) * transitions, transitions  # so that all rows of eval.csv are kept
+    if tables["eval.csv"]:
+        run.seconds = float(tables["eval.csv"][-1]["wall_time"])
     run.start(**information)
     if run.total == 0:
         return
@@ -1207,7 +1219,8 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
                 if run.stop:  # else an environment failed: once more, from the start
                     return tqdm.write(f"stopped; continue with --resume {run.directory}")
             evaluated[key] = rows
-            about = {"target": task, "method": method, "embedding": source, "transitions": transitions}
+            about = {"target": task, "method": method, "embedding": source}
+            about["transitions"] = transitions if method in ("selected", "tuned") else 0
             about |= {name: value for name, value in rows[0].items() if name != "task"}
             tables["heatmap.csv" if method == "heatmap" else "embedding.csv"].append(about)
             if method == "tuned":
@@ -1249,7 +1262,7 @@ def infer_embeddings(
     task, random = envs.tasks[0], int(rng.integers(len(names)))
     tqdm.write(f"{task}: {transitions} transitions; selected {names[selected]}, TD {before:.4f}; tuned to {after:.4f}")
     for method, td in (("selected", before), ("tuned", after)):
-        run.scalars({f"td_cross_entropy/{method}/{task}": td}, transitions)
+        run.scalars({f"td_divergence/{method}/{task}": td}, transitions)
     found = {
         ("selected", names[selected]): states[selected][0], ("tuned", names[selected]): tuned,
         ("random", names[random]): states[random][0],
@@ -1264,7 +1277,7 @@ def infer_embeddings(
 
 
 def read_tables(directory: Path) -> dict[str, list[dict]]:
-    """Rows of the tasks that were finished: whose rows in embedding.csv, which is written last, are there."""
+    """Rows of finished tasks, those in embedding.csv, which is written last."""
     tables = {"heatmap.csv": [], "eval.csv": [], "embedding.csv": []}
     for name, rows in tables.items():
         if (directory / name).exists():
@@ -1305,7 +1318,7 @@ def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path:
         middle = (matrix.min() + matrix.max()) / 2
         for (i, j), value in np.ndenumerate(matrix):
             axes.text(j, i, f"{value:.2g}", ha="center", va="center", color="white" if value < middle else "black")
-    figure.colorbar(image, label="score")
+    figure.colorbar(image, label="score" if all(row["score"] != "" for row in rows) else "score or return")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -18,13 +18,14 @@ derived here from TD3+BC (Fujimoto and Gu, 2021), DDPG+BC (Park et al., 2024) an
 two things: the value is divided by its mean magnitude, so that one coefficient fits all scales, and the actions of the
 data are cloned by likelihood or by squared error. In the notation of brc_sac_continuous.py, with data (s, a, r, s'):
 
-  actor loss       mean[alpha log pi(a~|s) - Q(s, a~)] / sg(mean |Q(s, a~)|) + c BC,   a~ ~ pi(s)
-  BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC, c = --bc-coef;
+  actor loss       mean[alpha log pi(a~|s) - Q(s, a~)] / sg(mean |Q(s, a~)|) + c BC,   a~ ~ pi(s),  c = --bc-coef
+  BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           the default, as in TD3+BC and FQL
+  BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC;
                    |a| <= .999 and the standard deviation >= e^-2 there, so that no single action decides;
-                   it sets the policy's spread, so alpha = 0: no entropy bonus, in no loss
-  BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           as in TD3+BC and FQL
+                   likelihood sets the policy's spread, so alpha = 0 in every loss: no entropy bonus
   critic loss, temperature, task embeddings, target critic                  as in SAC+BRC (Section 3, B, C.1-C.4)
-  normalization    r <- r V_max / (G_i + lambda_i), G_i the largest return in the data of task i      (Eq. 2-4)
+  normalization    r <- r V_max / (Gbar_i + lambda_i), Gbar_i the largest |return| in the data of task i    (Eq. 2-4)
+                   after a truncation a return goes on with mean reward / (1 - gamma), as in the released code
   evaluation       by a moving average of the actor's parameters (ours; --actor-average-rate 1: by the actor)
 
 sg: no gradient. |A|: the task's own number of action dimensions, so that c means the same for every body. --bc-only
@@ -88,13 +89,13 @@ except ImportError:  # Windows
     fcntl = None
 
 # ======================================================================================================================
-# Part 1 of 3, the algorithm. Who stops reading at its end has read all of it: arguments, networks, projection, agent,
-# data, main. Part 2: tasks and environments. Part 3: the run.
+# Part 1 of 3, the algorithm. Whoever stops reading at its end has read all of it: arguments, networks, projection,
+# agent, data, main. Part 2: tasks and environments. Part 3: the run.
 # ======================================================================================================================
 
 SCRIPT = "brc_offline_bc"
 PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
-AGGREGATES = {"mean": np.mean}  # over tasks, of an evaluation
+AGGREGATES = {"mean": np.mean}  # over tasks, for what an evaluation reports
 
 PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
 NonNegativeInt = Annotated[int, "[0, inf)"]
@@ -120,7 +121,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints and logging may be given anew"""
+    checkpoints, logging and environment processes may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -128,9 +129,9 @@ class Args:
     env_workers: Annotated[int | None, "[1, inf)"] = None
     """processes for the environments that envpool does not step (default: one per core, at most one per task)"""
     env_timeout: Annotated[float, "(0, inf)"] = 600.0
-    """seconds after which one of them counts as hung: it is started again, and its episodes are dropped"""
+    """seconds after which such a process counts as hung: it is started again, and its episodes are dropped"""
     total_updates: NonNegativeInt = 1_000_000
-    """length of the training; 0 builds everything and exits"""
+    """length of the training (ours: the paper gives none); 0 builds everything and exits"""
     clip_actions: bool = False
     """clip recorded actions to [-1, 1], as the environment would; without it, data with others are refused"""
     last_transitions: Annotated[int | None, "[1, inf)"] = None
@@ -161,7 +162,7 @@ class Args:
     discount: Annotated[float, "[0, 1)"] = 0.99
     """gamma (Table 3)"""
     batch_size: PositiveInt = 1024
-    """transitions per update, over all tasks, each task equally likely (Table 3)"""
+    """transitions per update, over all tasks, each equally likely (Table 3, for one task, too: see Appendix D)"""
     polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 3)"""
     actor_average_rate: Annotated[float, "(0, 1]"] = 2e-3
@@ -174,7 +175,7 @@ class Args:
     temperature_lr: NonNegativeFloat = 3e-4
     """learning rate of the temperature (Table 3), by Adam with b1 = 0.5 as in the released code"""
     weight_decay: NonNegativeFloat = 1e-4
-    """AdamW weight decay (Table 3)"""
+    """AdamW weight decay, of all parameters (Table 3)"""
     initial_temperature: Annotated[float, "[1e-12, inf)"] = 0.1
     """alpha at the start (Table 3); it takes 15,000 updates to fall to 0.001, where a much shorter run should start"""
     target_entropy: Annotated[float | None, "(-inf, inf)"] = None
@@ -199,9 +200,8 @@ class Args:
     embedding_size: PositiveInt = 32
     """task embedding size (Table 3)"""
     variant: Literal["paper", "released-code"] = "paper"
-    """where the paper and the authors' released code differ: released-code
-    stands for --embedding-norm l2;
-    one of these given by hand wins"""
+    """where the paper and the authors' released code differ: released-code stands for --embedding-norm l2, unless that
+    is given"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released code"""
 
@@ -248,7 +248,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, would be smaller
             keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
             return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
@@ -346,18 +346,18 @@ def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: flo
 # ---------------------------------------------------------------------------------------------- agent state and update
 
 # Copied from brc_sac_continuous.py
-ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 is a running mean, from 0 on, over each batch's entries of task i
+ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 starts at 0 and moves by this share to each batch's mean over task i
 # Copied from brc_sac_continuous.py
 MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
 
 
 class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
+    """Everything that an update changes, on the device."""
 
     actor: Any  # parameters; *_optimizer: the optimizer's state
     actor_optimizer: Any
     average_actor: Any  # moving average of the actor's parameters, which evaluation uses
-    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic: Any  # parameters {"embedding": nn.Embed's, or absent, "ensemble": Critic's, leaves [num_critics, ...]}
     critic_optimizer: Any
     target_critic: Any  # as critic, its own averaged embedding included
     log_temperature: jax.Array  # one alpha for all tasks
@@ -434,11 +434,11 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         return apply(critic["ensemble"], jnp.concatenate(inputs, axis=-1), task_ids)
 
     def reward_scale(state, max_return):
-        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
+        """V_max / (Gbar_i + lambda_i) for each task (Eq. 3, 4); |H_i| for H_i, which turns negative."""
         entropy_bound = jnp.exp(state.log_temperature) * jnp.abs(state.entropy) / (1 - args.discount)
         return args.v_max / jnp.maximum(max_return + entropy_bound, MIN_SCALE)
 
-    def critic_target(state, batch, max_return, key):
+    def td_target(state, batch, max_return, key):
         """Target distribution [batch, num_atoms] (C.2) and normalized rewards [batch]."""
         next_observations, task_ids = batch.next_observations, batch.task_ids
         rewards = batch.rewards * reward_scale(state, max_return)[task_ids]
@@ -472,9 +472,9 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         return loss, (log_probs, {"losses/improvement": improvement, "losses/cloning": cloning, "q/policy": q.mean()})
 
     def update(state: AgentState, batch: Batch, max_return: jax.Array):
-        """Critic, target critic, actor, temperature, in this order. batch: [batch_size, ...]; max_return: G_i."""
+        """Critic, target critic, actor, temperature, in this order. batch: [batch_size, ...]; max_return: Gbar_i."""
         key, critic_key, actor_key = jax.random.split(state.key, 3)
-        target, rewards = critic_target(state, batch, max_return, critic_key)
+        target, rewards = td_target(state, batch, max_return, critic_key)
         critic_loss_value, critic_gradient = jax.value_and_grad(critic_loss)(state.critic, batch, target)
         changes, opt_state = critic_optimizer.update(critic_gradient, state.critic_optimizer, state.critic)
         critic = optax.apply_updates(state.critic, changes)
@@ -486,7 +486,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         log_probs, parts = aux
         changes, opt_state = actor_optimizer.update(actor_gradient, state.actor_optimizer, state.actor)
         actor = optax.apply_updates(state.actor, changes)
-        # The mean of all actors so far, until there are 1 / rate of them: the first one is soon forgotten.
+        # At first the plain mean of all actors after an update, until there are 1 / rate: the random one has no part.
         rate = jnp.maximum(args.actor_average_rate, 1 / optax.tree.get(opt_state, "count"))
         average_actor = optax.incremental_update(actor, state.average_actor, rate)
         state = state._replace(actor=actor, actor_optimizer=opt_state, average_actor=average_actor)
@@ -498,7 +498,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
 
         entropy = -log_probs.mean()
         temperature_loss = jnp.exp(state.log_temperature) * (entropy - target_entropy[batch.task_ids].mean())
-        gradient = temperature_loss  # in log alpha, of which alpha is its own derivative
+        gradient = temperature_loss  # by log alpha: d alpha / d log alpha = alpha, so the loss is its own gradient
         changes, opt_state = temperature_optimizer.update(gradient, state.temperature_optimizer)
         log_temperature = state.log_temperature + changes
         state = state._replace(log_temperature=log_temperature, temperature_optimizer=opt_state)
@@ -576,7 +576,7 @@ class Dataset:
         self.records, self.starts, returns = [], [], []
         for task, path, *sizes in zip(tasks, paths, envs.observation_dims, envs.action_dims, strict=True):
             records = self.open(task, path, record_type(*sizes))
-            starts = np.flatnonzero(records["valid"][:-1])[-(last or 0) :]
+            starts = np.flatnonzero(records["valid"][:-1])[-(last or 0) :]  # -0: all
             if not len(starts):
                 raise UserError(f"{path}: no transition of {task} in it")
             newest = records[starts[0] :]
@@ -586,7 +586,7 @@ class Dataset:
             self.records.append(records)
             self.starts.append(starts)
         largest, self.mean_return = zip(*returns, strict=True)
-        self.max_return = np.array(largest, np.float32)  # G_i
+        self.max_return = np.array(largest, np.float32)  # Gbar_i
 
     def open(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
         """Maps a file. Raises UserError if it is damaged or not what the task's sizes ask for."""
@@ -858,7 +858,7 @@ def main(args: Args) -> None:
             if run.checkpoint_due():
                 run.save(state, rng=rng_state)
             if run.evaluation_due():
-                continue  # an environment failed meanwhile: once more, from the start
+                continue  # still due: an environment failed and cut it
             if run.over():
                 break
 

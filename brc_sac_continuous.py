@@ -14,13 +14,14 @@
 (Nauman et al., 2025, arXiv:2505.23150), on SAC (Haarnoja et al., 2018). What this file computes, for task i:
 
   support          z_j = V_min + (j - 1) (V_max - V_min) / (N_atoms - 1)                                (Eq. 1)
-  normalization    Gbar_i <- max(Gbar_i, |r_t|) at once, max(Gbar_i, max_t |G_i(s_t)|) at an episode's end   (Eq. 2)
+  normalization    Gbar_i <- max(Gbar_i, max_t |G_i(s_t)|) when an episode ends                          (Eq. 2)
+                   Gbar_i <- max(Gbar_i, |r_t|) at every step                                            (ours)
                    r_i <- r_i V_max / (Gbar_i + lambda_i),  lambda_i = alpha |H_i| / (1 - gamma)        (Eq. 3, 4)
-  critic target    p = mean over both target critics of p_k(s', a'),  a' ~ pi(s')                       (C.1)
+  TD target        p = mean over the target critics of p_k(s', a'),  a' ~ pi(s')                         (C.1)
                    y = projection onto z of  r + gamma (1 - terminated) (z - alpha log pi(a'|s'))       (B, C.2)
   critic loss      sum over critics k of the cross-entropy of p_k(s, a) with y                          (Section 3)
   actor loss       alpha log pi(a|s) - mean over critics of E_{z ~ p_k(s, a)}[z],  a ~ pi(s)            (B)
-  temperature      one alpha for all tasks: alpha (mean H(pi) - mean H_target),  H_target = -|A_i| / 2  (SAC)
+  temperature      one alpha for all tasks: alpha (mean H(pi) - mean H_target),  H_target = -|A_i| / 2  (SAC, Table 3)
   task embedding   e_i / |e_i|_1, appended to the inputs; learned from the critic loss only             (C.4)
   target critic    theta_target <- (1 - tau) theta_target + tau theta, after every update               (Table 3)
 
@@ -82,13 +83,14 @@ except ImportError:  # Windows
     fcntl = None
 
 # ======================================================================================================================
-# Part 1 of 3, the algorithm. Who stops reading at its end has read all of BRC: arguments, networks, projection, return
-# normalization, agent, replay, main; then diagnostics. Part 2: tasks and environments. Part 3: the run.
+# Part 1 of 3, the algorithm. Whoever stops reading at its end has read all of BRC: arguments, networks, projection,
+# return normalization, agent, replay, main; then diagnostics. Part 2: tasks and environments. Part 3: the run.
 # ======================================================================================================================
 
+# what parts 2 and 3, the same in several scripts, have to know of this one
 SCRIPT = "brc_sac_continuous"
 PACKAGES = ("jax", "flax", "optax", "envpool", "mujoco", "dm_control", "metaworld", "gymnasium")
-AGGREGATES = {"mean": np.mean}  # over tasks, of an evaluation
+AGGREGATES = {"mean": np.mean}  # over tasks, for what an evaluation reports
 
 PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
 NonNegativeInt = Annotated[int, "[0, inf)"]
@@ -116,7 +118,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints and logging may be given anew"""
+    checkpoints, logging and environment processes may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -124,7 +126,7 @@ class Args:
     env_workers: Annotated[int | None, "[1, inf)"] = None
     """processes for the environments that envpool does not step (default: one per core, at most one per task)"""
     env_timeout: Annotated[float, "(0, inf)"] = 600.0
-    """seconds after which one of them counts as hung: it is started again, and its episodes are dropped"""
+    """seconds after which such a process counts as hung: it is started again, and its episodes are dropped"""
     total_timesteps: Annotated[int | None, "[0, inf)"] = None
     """environment steps per task, those that reset an environment included (default: the suite's in Section 4, else
     1,000,000); 0 builds everything and exits"""
@@ -143,7 +145,8 @@ class Args:
     capture_video: bool = False
     """write an mp4 of one evaluation episode per task to RUN_DIR/videos/ (headless: MUJOCO_GL=egl)"""
     log_task_statistics: bool = False
-    """at evaluation, per-task losses, gradients, their conflicts, entropies and embeddings (Figures 3, 5, 7)"""
+    """at evaluation, per-task losses, gradients, their conflicts, entropies and embeddings (Figures 3, 5, 7); costs a
+    critic gradient for every pair of tasks"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline is respected)"""
     wandb_project: str = "brc"
@@ -167,7 +170,7 @@ class Args:
     temperature_lr: NonNegativeFloat = 3e-4
     """learning rate of the temperature (Table 3), by Adam with b1 = 0.5 as in the released code"""
     weight_decay: NonNegativeFloat = 1e-4
-    """AdamW weight decay (Table 3)"""
+    """AdamW weight decay, of all parameters (Table 3)"""
     initial_temperature: Annotated[float, "[1e-12, inf)"] = 0.1
     """alpha at the start (Table 3)"""
     target_entropy: Annotated[float | None, "(-inf, inf)"] = None
@@ -207,7 +210,7 @@ class Args:
     variant: Literal["paper", "released-code"] = "paper"
     """where the paper and the authors' released code differ: released-code
     stands for --embedding-norm l2 --truncation-bootstrap mean-reward --entropy-correction constant;
-    one of these given by hand wins"""
+    any of these given by hand wins"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released code"""
     truncation_bootstrap: Literal["critic", "mean-reward"] = "critic"
@@ -216,7 +219,7 @@ class Args:
     """lambda of Eq. 3: alpha |H_i| / (1 - gamma) (Eq. 4 has H_i), or alpha (|A|/4) / (1 - gamma) as in the code"""
 
 
-RELEASED_CODE = {  # defaults under --variant released-code: parse_args in part 3 takes them before the command line
+RELEASED_CODE = {  # defaults under --variant released-code, see parse_args in part 3
     "variant": "released-code", "embedding_norm": "l2", "truncation_bootstrap": "mean-reward",
     "entropy_correction": "constant",
 }  # fmt: skip
@@ -251,8 +254,8 @@ class BroNet(nn.Module):
 
 
 class SimBa(nn.Module):
-    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x inverted bottleneck; its input is normalized by
-    running statistics, of the sampled batches, which the agent keeps."""
+    """SimBa (Lee et al., 2024): pre-norm residual blocks with a 4x inverted bottleneck. The agent normalizes its
+    observations by running statistics of the sampled batches."""
 
     width: int
     depth: int
@@ -292,7 +295,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, would be smaller
             keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
             return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
@@ -370,12 +373,12 @@ def categorical_projection(probs: jax.Array, target_atoms: jax.Array, v_min: flo
 
 
 class ReturnNormalizer:
-    """Largest absolute return G_i seen in each task (C.2, Eq. 2).
+    """Largest absolute return seen in each task (C.2, Eq. 2): max_return is Gbar_i.
 
-    max_return is G_i (Gbar_i above). It covers |r| at once, which is not in the paper, as a reward enters the replay
-    before its episode ends; and returns when the episode ends, with zero after the end if it terminated, the given
-    bootstrap value if it was truncated. With a bootstrap of at most G_i in magnitude, G_i <= max |r| / (1 - discount)
-    by induction: |r| + discount G_i keeps the bound.
+    It covers every reward as it arrives (ours: a reward is learned from before its episode ends), and every return of
+    an episode once that has ended. What follows the end counts 0 if the episode terminated, the given bootstrap value
+    if it was truncated. The critic's is at most Gbar_i in magnitude, so that Gbar_i <= max |r| / (1 - discount) by
+    induction: |r| + discount Gbar_i keeps the bound.
     """
 
     def __init__(self, num_tasks: int, discount: float):
@@ -404,13 +407,13 @@ class ReturnNormalizer:
                 self.max_return[task] = max(self.max_return[task], abs(value))
 
     def named(self, tasks: list[str]) -> dict[str, float]:
-        """G_i for TensorBoard."""
+        """Gbar_i, for TensorBoard."""
         return {f"normalizer/{task}": g for task, g in zip(tasks, self.max_return, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------------- agent state and update
 
-ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 is a running mean, from 0 on, over each batch's entries of task i
+ENTROPY_RATE = 0.05  # ours: H_i of Eq. 4 starts at 0 and moves by this share to each batch's mean over task i
 MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a task whose rewards were all zero
 
 
@@ -423,11 +426,11 @@ class RunningStatistics(NamedTuple):
 
 
 class AgentState(NamedTuple):
-    """Everything that learning changes, on the device."""
+    """Everything that an update changes, on the device."""
 
     actor: Any  # parameters; *_optimizer: the optimizer's state
     actor_optimizer: Any
-    critic: Any  # {"embedding": [num_tasks, embedding_size] or absent, "ensemble": leaves [num_critics, ...]}
+    critic: Any  # parameters {"embedding": nn.Embed's, or absent, "ensemble": Critic's, leaves [num_critics, ...]}
     critic_optimizer: Any
     target_critic: Any  # as critic, its own averaged embedding included
     log_temperature: jax.Array  # one alpha for all tasks
@@ -438,15 +441,15 @@ class AgentState(NamedTuple):
 
 
 class Agent(NamedTuple):
-    """The functions of one agent, see make_agent: act to update are compiled, those after update serve diagnostics."""
+    """The functions of one agent, see make_agent."""
 
     init: Callable
-    act: Callable
+    act: Callable  # this one and the next three are compiled
     act_deterministic: Callable
     value: Callable
     update: Callable
-    embed: Callable
-    critic_target: Callable
+    embed: Callable  # from here on for diagnostics
+    td_target: Callable
     critic_loss: Callable
     actor_loss: Callable
 
@@ -524,11 +527,11 @@ def make_agent(
         return values.mean(0)
 
     def reward_scale(state, max_return):
-        """V_max / (G_i + lambda_i) for each task (Eq. 3, 4).
+        """V_max / (Gbar_i + lambda_i) for each task (Eq. 3, 4).
 
         H_i is negative where the policy reaches its target entropy -|A|/2, and Eq. 4 as printed could flip the sign of
-        Eq. 3; hence |H_i|. As G_i >= |r|, a normalized reward never exceeds V_max. A soft return can, unlike C.2 says:
-        lambda_i is added in units of reward, while the entropy bonus enters the target in units of V_max. The
+        Eq. 3; hence |H_i|. As Gbar_i >= |r|, a normalized reward never exceeds V_max. A soft return can, unlike what
+        C.2 says: lambda_i is in units of reward, but the entropy bonus joins the target after the scaling. The
         projection clips the excess.
         """
         if not args.normalize_returns:
@@ -537,7 +540,7 @@ def make_agent(
         entropy = jnp.abs(state.entropy) if args.entropy_correction == "empirical" else own_dims / 4
         return args.v_max / jnp.maximum(max_return + temperature * entropy / (1 - args.discount), MIN_SCALE)
 
-    def critic_target(state, batch, max_return, key):
+    def td_target(state, batch, max_return, key):
         """Target distribution [batch, num_atoms] (C.2, with the entropy term of B's soft value), or target value
         [batch] with MSE, and normalized rewards. The policy takes the online embedding, the target critic its own."""
         next_observations, task_ids = batch.next_observations, batch.task_ids
@@ -581,7 +584,7 @@ def make_agent(
         if args.critic_arch == "simba":
             state = state._replace(statistics=update_statistics(state.statistics, batch.observations))
 
-        target, rewards = critic_target(state, batch, max_return, critic_key)
+        target, rewards = td_target(state, batch, max_return, critic_key)
         critic_loss_value, critic_gradient = jax.value_and_grad(critic_loss)(state.critic, state, batch, target)
         changes, opt_state = critic_optimizer.update(critic_gradient, state.critic_optimizer, state.critic)
         critic = optax.apply_updates(state.critic, changes)
@@ -600,7 +603,7 @@ def make_agent(
 
         entropy = -log_probs.mean()
         temperature_loss = jnp.exp(state.log_temperature) * (entropy - target_entropy[batch.task_ids].mean())
-        gradient = temperature_loss  # in log alpha, of which alpha is its own derivative
+        gradient = temperature_loss  # by log alpha: d alpha / d log alpha = alpha, so the loss is its own gradient
         changes, opt_state = temperature_optimizer.update(gradient, state.temperature_optimizer)
         log_temperature = state.log_temperature + changes
         state = state._replace(log_temperature=log_temperature, temperature_optimizer=opt_state)
@@ -617,7 +620,7 @@ def make_agent(
 
     def update(state: AgentState, batches: Batch, max_return: jax.Array):
         """The utd updates of one vector step, one compiled call, and the last one's metrics. batches: [utd, batch_size,
-        ...]; max_return: G_i."""
+        ...]; max_return: Gbar_i."""
         for i in range(args.utd):  # unrolled: XLA's CPU backend runs the body of a loop on one thread
             state, metrics = update_once(state, jax.tree.map(lambda x: x[i], batches), max_return)  # noqa: B023
         return state, metrics
@@ -633,9 +636,9 @@ def make_agent(
     def value(state: AgentState, observations, max_return):
         """Critic's value of one observation per task at the policy's mean action, in units of reward, [tasks].
 
-        Undoes Eq. 3 by G_i / V_max and clips, so that the tail of a return never exceeds G_i (C.2 does not say how). By
-        (G_i + lambda_i) / V_max, a truncation could raise G_i by about lambda_i, again and again, as it never falls:
-        on dmc/dog-walk it ran away.
+        C.2 says "critic output" and not how it is scaled back. By Gbar_i / V_max and clipped (a scalar critic has no
+        bounds), the tail of a return never exceeds Gbar_i. Scaled back by (Gbar_i + lambda_i) / V_max, every truncation
+        could raise Gbar_i, which never falls, by about lambda_i: on dmc/dog-walk it ran away.
         """
         task_ids = jnp.arange(len(observations))
         actions = act_deterministic(state.actor, state.critic, observations, task_ids)
@@ -644,7 +647,7 @@ def make_agent(
 
     return Agent(
         init, jax.jit(act), jax.jit(act_deterministic), jax.jit(value), jax.jit(update, donate_argnums=0), embed,
-        critic_target, critic_loss, actor_loss,
+        td_target, critic_loss, actor_loss,
     )  # fmt: skip
 
 
@@ -672,7 +675,7 @@ def layouts(state: AgentState) -> tuple[AgentState, NamedSharding]:
 
 
 def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedSharding]:
-    """The agent with `state` laid out so, also by its updates, and the layout of batches."""
+    """Agent and state with the leaves laid out as `layouts` says, which updates keep, and the layout of batches."""
     laid_out, everywhere = layouts(state)
     update = jax.jit(agent.update, donate_argnums=0, out_shardings=(laid_out, None))
     return agent._replace(update=update), jax.device_put(state, laid_out), everywhere
@@ -830,7 +833,7 @@ def main(args: Args) -> None:
             if run.checkpoint_due():
                 run.save(state, replay, max_return=normalizer.max_return.tolist(), rng=rng_state)
             if run.evaluation_due():
-                continue  # an environment failed meanwhile: once more, from the start
+                continue  # still due: an environment failed and cut it
             if run.over():
                 break
 
@@ -844,11 +847,11 @@ def main(args: Args) -> None:
                 actions = rng.uniform(-1, 1, (num_tasks, envs.action_dim)).astype(np.float32) * envs.action_mask
             actions = np.asarray(actions)
             envs.send(actions)
-            # 2. while the environments step and the device updates, the next step's batches go there
-            rng_state = rng.bit_generator.state  # from which a resumed run draws them again
+            # 2. meanwhile draw the next step's batches, without this step's transitions, and move them to the device
+            rng_state = rng.bit_generator.state  # a resumed run goes on from before the draw
             if learning:
                 batches = jax.device_put(draw(), everywhere)
-            # 3. receive, store, update G_i
+            # 3. receive, store, update Gbar_i
             observations, rewards, terminated, truncated, valid, _ = envs.recv()
             replay.insert(actions, rewards, terminated, valid, observations)
             bootstrap = None
@@ -880,7 +883,7 @@ def task_statistics(agent: Agent, state: AgentState, batches: Batch, max_return:
 
     def loss_and_gradient(task):
         batch = jax.tree.map(lambda x: x[task], batches)
-        target, _ = agent.critic_target(state, batch, max_return, jax.random.PRNGKey(0))
+        target, _ = agent.td_target(state, batch, max_return, jax.random.PRNGKey(0))
         return jax.value_and_grad(agent.critic_loss)(state.critic, state, batch, target)
 
     def row(task):
@@ -897,12 +900,12 @@ def task_statistics(agent: Agent, state: AgentState, batches: Batch, max_return:
 def log_task_statistics(agent, state, replay, normalizer, tasks: list[str], run: "Run", batch_size: int = 256) -> None:
     """Per-task diagnostics to TensorBoard and RUN_DIR/statistics/<step>.npz.
 
-    Relative variance is sigma / mu over tasks (Figure 3); a conflict is a negative cosine between the critic gradients
-    of two tasks (Figure 5; gradient surgery, Yu et al., 2020); embeddings are those of Figure 7.
+    Relative variance is sigma / |mu| over tasks (Figure 3); a conflict is a negative cosine between the critic
+    gradients of two tasks (Figure 5; gradient surgery, Yu et al., 2020); embeddings are those of Figure 7.
     """
     rng = np.random.default_rng(run.step)  # its own, so that logging does not change what is learned
-    recent = (replay.head - np.arange(1, replay.size + 1)) % replay.slots.shape[1]
-    slots = [rng.choice(recent[replay.slots["valid"][task, recent]], batch_size) for task in range(len(tasks))]
+    stored = (replay.head - np.arange(1, replay.size + 1)) % replay.slots.shape[1]
+    slots = [rng.choice(stored[replay.slots["valid"][task, stored]], batch_size) for task in range(len(tasks))]
     batches = replay.gather(np.arange(len(tasks), dtype=np.int32)[:, None].repeat(batch_size, 1), np.array(slots))
     losses, norms, entropies, cosines = map(np.asarray, task_statistics(agent, state, batches, normalizer.max_return))
     values, arrays = {}, {"gradient_cosine": cosines}

@@ -304,7 +304,7 @@ def test_bfloat16_is_close_to_float32(arch):
         args = brc.Args(critic_arch=arch, critic_width=64, actor_width=32, batch_size=256, dtype=dtype)
         agent = brc.make_agent(args, 3, 17, 6)
         state = agent.init(0)
-        target, _ = jax.jit(agent.critic_target)(state, batch, max_return, jax.random.PRNGKey(1))
+        target, _ = jax.jit(agent.td_target)(state, batch, max_return, jax.random.PRNGKey(1))
         loss, gradient = jax.jit(jax.value_and_grad(agent.critic_loss))(state.critic, state, batch, target)
         text = str(jax.make_jaxpr(agent.critic_loss)(state.critic, state, batch, target))
         assert ("bf16" in text) == (dtype == "bfloat16")
