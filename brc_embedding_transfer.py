@@ -861,7 +861,7 @@ def read_arguments(args: Args) -> dict:
         raise UserError(f"--pretrained {directory}: that run has one task, {task}; transfer needs several")
     if unfit:
         has, needs = (", ".join(f"--{k.replace('_', '-')} {v[k]}" for k in unfit) for v in (saved, needed))
-        what = f"{args.protocol} --embedding-init best" if args.protocol == "model" else args.protocol
+        what = args.protocol + " --embedding-init best" * (args.protocol == "model" and "critic_loss" in unfit)
         raise UserError(f"--pretrained {directory}: that run has {has}; --protocol {what} needs {needs}")
     if not checkpoint_steps(directory):
         raise UserError(f"--pretrained {directory}: that run has no checkpoint yet")
@@ -900,7 +900,7 @@ def target_envs(
         size, largest = getattr(envs, f"{what}_dim"), getattr(info, f"{what}_dim")
         if size > largest:
             envs.close()
-            raise UserError(f"{task}: {what} of size {size}, more than the {largest} of {args.pretrained}'s agent")
+            raise UserError(f"{task} has {size} {what}s, the pretrained agent of {args.pretrained} only {largest}")
     envs.observation_dim, envs.action_dim = info.observation_dim, info.action_dim
     envs.action_mask = np.arange(envs.action_dim) < np.array(envs.action_dims)[:, None]
     return envs

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 results=benchmark/results
 python benchmark/plot.py $results/readme/seed-* --labels "BRC, width 128" --out $results/readme/curve.png
 python benchmark/plot.py $results/dmc4/seed-* --labels "BRC, width 256" --out $results/dmc4/curve.png
-t=$results/transfer/runs
+t=$results/transfer/fresh
 python benchmark/plot.py $t/reach-wall-{model,scratch,data}* --labels model scratch data --out $results/transfer/curve.png
 o=$results/offline
 python benchmark/plot.py $o/bc-only* $o/no-bc* $o/mse-0.03_* $o/mse-0.1_* $o/mse-0.3_* $o/mse-1_* --labels "BC only" \

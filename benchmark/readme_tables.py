@@ -151,21 +151,67 @@ def selection() -> list[list[str]]:
     return rows
 
 
-def transfer() -> list[list[str]]:
-    """Success on two new tasks, mean of 3 seeds: five embeddings, and the last evaluation of three learners."""
-    rows, runs, seeds = [], RESULTS / "transfer/runs", (11, 12, 13)
-    for task in ("reach-wall", "button-press-topdown-wall"):
+NEW_TASKS = "reach-wall", "button-press-topdown-wall"
+
+
+def embeddings(folder: str, seeds: tuple[int, ...]) -> dict[str, list[str]]:
+    """Success with five embeddings on each new task, mean over seeds."""
+    rows = {}
+    for task in NEW_TASKS:
         found = {method: [] for method in ("selected", "tuned", "random", "mean", "oracle")}
         for seed in seeds:
-            with (runs / f"embedding__{seed}/embedding.csv").open(newline="") as file:
+            with (RESULTS / f"transfer/{folder}/embedding__{seed}/embedding.csv").open(newline="") as file:
                 for row in csv.DictReader(file):
                     if row["target"] == f"metaworld/{task}":
                         found[row["method"]].append(float(row["success"]))
-        for protocol in ("model", "data", "scratch"):
-            learners = [runs / f"{task}-{protocol}__{seed}" for seed in seeds]
-            found[protocol] = [mean_of(run, "success") for run in learners if run.exists()]
-        rows.append([f"`{task}`", *(two(np.mean(values)) if values else "" for values in found.values())])
+        rows[task] = [two(np.mean(values)) for values in found.values()]
     return rows
+
+
+def transfer_before() -> list[list[str]]:
+    """Success on two new tasks, mean of seeds 11 to 13: five embeddings, and the last evaluation of three learners."""
+    rows, runs = [], RESULTS / "transfer/runs"
+    for task, cells in embeddings("runs", (11, 12, 13)).items():
+        for protocol in ("model", "data", "scratch"):
+            learners = [runs / f"{task}-{protocol}__{seed}" for seed in (11, 12, 13)]
+            found = [mean_of(run, "success") for run in learners if run.exists()]
+            cells.append(two(np.mean(found)) if found else "")
+        rows.append([f"`{task}`", *cells])
+    return rows
+
+
+def transfer() -> list[list[str]]:
+    """transfer/README.md, seeds 21 to 23: success with five embeddings; of learners that of the last evaluation and the
+    mean of all from step 1,000 on."""
+    rows = [[f"`{task}`", *cells] for task, cells in embeddings("fresh", (21, 22, 23)).items()]
+    labels = {
+        "model": "`model`, row of length 1", "long-row": "`model`", "data": "`data`", "scratch": "`scratch`",
+    }  # fmt: skip
+    for task in NEW_TASKS:
+        for protocol, label in labels.items():
+            name = f"long-row-{task}-model" if protocol == "long-row" else f"{task}-{protocol}"
+            runs = [RESULTS / f"transfer/fresh/{name}__{seed}" for seed in (21, 22, 23)]
+            if not all(run.exists() for run in runs):
+                continue
+            last = [mean_of(run, "success") for run in runs]
+            all_of_them = [success_from(run / "eval.csv", 1000) for run in runs]
+            cells = [cell for found in (last, all_of_them) for cell in (" ".join(map(two, found)), two(np.mean(found)))]
+            rows.append([f"`{task}`", label, *cells])
+    return rows
+
+
+def cloning_by_likelihood() -> list[list[str]]:
+    """transfer/README.md, seeds 21 to 25: mean success over the last 4k updates, by the averaged actor."""
+    rows, means = [], {}
+    for name, label in (("mse", "`mse` (the default)"), ("nll", "`nll`")):
+        runs = [RESULTS / f"transfer/fresh/{name}-0.03__{seed}" for seed in range(21, 26)]
+        means[name] = np.array([success_from(run / "eval.csv", 8500) for run in runs])
+        rows.append(
+            [label, " ".join(map(two, means[name])), f"{two(means[name].mean())} (sd {two(means[name].std(ddof=1))})"]
+        )
+    interval = ttest_rel(means["nll"], means["mse"]).confidence_interval()
+    difference = f"{np.mean(means['nll'] - means['mse']):+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+    return [*rows, ["`nll` less `mse`, paired", "", difference]]
 
 
 VARIANTS = {  # set: seeds, last evaluations
@@ -216,7 +262,8 @@ TABLES = {
     "first command before November 2026": partial(
         first_command, "readme/before", (1, 2, 3), (0, 15000, 30000, 40000)
     ),
-    "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "variants": variants,
+    "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "transfer, before": transfer_before,
+    "variants": variants,
     "selection": selection, "bfloat16": bfloat16,
     "offline, fresh seeds": offline_fresh, "averaged actor": averaged_actor,
     "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,

@@ -689,7 +689,7 @@ def test_refuses_damaged_runs(counters, tmp_path, command_line):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--env-ids", LARGER], ": observation of size 2000, more than the "),
+        (["--env-ids", LARGER], "has 2000 observations, the pretrained agent of "),
         (["--env-ids", "gym/gym_tasks:Nothing-v0"], "Nothing"),
         (["--env-ids", "metaworld/nothing"], "unknown task 'metaworld/nothing'; metaworld/ has: assembly, "),
         (["--suite", "nothing"], "unknown suite 'nothing'; suites: dmc-dogs, "),
