@@ -84,7 +84,7 @@ except ImportError:  # Windows
 
 # ======================================================================================================================
 # Part 1 of 3, the algorithm. Whoever stops reading at its end has read all of BRC: arguments, networks, projection,
-# return normalization, agent, replay, main; then diagnostics. Part 2: tasks and environments. Part 3: the run.
+# return normalization, agent, replay, main; then --shard and diagnostics. Part 2: tasks and environments. Part 3: run.
 # ======================================================================================================================
 
 # what parts 2 and 3, the same in several scripts, have to know of this one
@@ -651,36 +651,6 @@ def make_agent(
     )  # fmt: skip
 
 
-def layouts(state: AgentState) -> tuple[AgentState, NamedSharding]:
-    """--shard: a layout for every leaf. The ensembles (critics, targets, moments) lie over all devices, members first,
-    then each layer's outputs; the rest is on every device, and so are batches, by the layout returned last.
-
-    Weights stay where they are, and activations travel, as a batch has fewer rows than a layer has units.
-    """
-    members = math.gcd(jax.device_count(), jax.tree.leaves(state.critic["ensemble"])[0].shape[0])
-    shape = members, jax.device_count() // members
-    mesh = jax.make_mesh(shape, ("critic", "width"), axis_types=(AxisType.Auto, AxisType.Auto))
-
-    def layout(path, leaf):
-        if not any(getattr(key, "key", None) == "ensemble" for key in path):
-            return NamedSharding(mesh, PartitionSpec())
-        axes: list[str | None] = ["critic"] + [None] * (leaf.ndim - 1)
-        # outputs; the last layer, of num_atoms outputs, by its inputs
-        divisible = [axis for axis in range(leaf.ndim - 1, 0, -1) if leaf.shape[axis] % mesh.shape["width"] == 0]
-        if divisible:
-            axes[divisible[0]] = "width"
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree_util.tree_map_with_path(layout, state), NamedSharding(mesh, PartitionSpec())
-
-
-def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedSharding]:
-    """Agent and state with the leaves laid out as `layouts` says, which updates keep, and the layout of batches."""
-    laid_out, everywhere = layouts(state)
-    update = jax.jit(agent.update, donate_argnums=0, out_shardings=(laid_out, None))
-    return agent._replace(update=update), jax.device_put(state, laid_out), everywhere
-
-
 # -------------------------------------------------------------------------------------------------------------- replay
 
 
@@ -867,6 +837,39 @@ def main(args: Args) -> None:
         run.finish()
         envs.close()
         eval_envs.close()
+
+
+# ----------------------------------------------------------------------------------------------------- several devices
+
+
+def layouts(state: AgentState) -> tuple[AgentState, NamedSharding]:
+    """--shard: a layout for every leaf. The ensembles (critics, targets, moments) lie over all devices, members first,
+    then each layer's outputs; the rest is on every device, and so are batches, by the layout returned last.
+
+    Weights stay where they are, and activations travel, as a batch has fewer rows than a layer has units.
+    """
+    members = math.gcd(jax.device_count(), jax.tree.leaves(state.critic["ensemble"])[0].shape[0])
+    shape = members, jax.device_count() // members
+    mesh = jax.make_mesh(shape, ("critic", "width"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+    def layout(path, leaf):
+        if not any(getattr(key, "key", None) == "ensemble" for key in path):
+            return NamedSharding(mesh, PartitionSpec())
+        axes: list[str | None] = ["critic"] + [None] * (leaf.ndim - 1)
+        # outputs; the last layer, of num_atoms outputs, by its inputs
+        divisible = [axis for axis in range(leaf.ndim - 1, 0, -1) if leaf.shape[axis] % mesh.shape["width"] == 0]
+        if divisible:
+            axes[divisible[0]] = "width"
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(layout, state), NamedSharding(mesh, PartitionSpec())
+
+
+def shard(agent: Agent, state: AgentState) -> tuple[Agent, AgentState, NamedSharding]:
+    """Agent and state with the leaves laid out as `layouts` says, which updates keep, and the layout of batches."""
+    laid_out, everywhere = layouts(state)
+    update = jax.jit(agent.update, donate_argnums=0, out_shardings=(laid_out, None))
+    return agent._replace(update=update), jax.device_put(state, laid_out), everywhere
 
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
