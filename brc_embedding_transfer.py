@@ -940,14 +940,13 @@ def candidates(pretrained: Pretrained) -> list[tuple[AgentState, np.ndarray]]:
 
 
 def start_from_pretrained(args: Args, pretrained: Pretrained, fresh: AgentState, embedding: np.ndarray) -> AgentState:
-    """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding, as long as the
-    pretrained parameters are, since a shorter one would turn faster, and, with --load-optimizer, the optimizers'
-    moments; the new embedding's are the mean over the pretrained rows. H_i is the new task's and starts at zero."""
+    """Model transfer: `fresh` with the pretrained networks and temperature, the given embedding and, with
+    --load-optimizer, the optimizers' moments; the new embedding's are the mean over the pretrained rows. H_i is the new
+    task's and starts at zero. The embedding's parameters are shorter than pretraining's rows, so it turns faster than
+    those did (as long as they are, it learned no better: benchmark/results/README.md)."""
     old = pretrained.state
     networks = {name: getattr(old, name) for name in ("actor", "critic", "target_critic", "statistics")}
-    length = np.linalg.norm(old.critic["embedding"]["params"]["embedding"], axis=-1).mean()
-    table = embedding_table(embedding * length / np.linalg.norm(embedding))
-    state = with_embedding(fresh._replace(**networks), table)
+    state = with_embedding(fresh._replace(**networks), embedding_table(embedding))
     if args.initial_temperature is None:
         state = state._replace(log_temperature=old.log_temperature)
     if args.load_optimizer:

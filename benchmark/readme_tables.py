@@ -185,7 +185,7 @@ def transfer() -> list[list[str]]:
     mean of all from step 1,000 on."""
     rows = [[f"`{task}`", *cells] for task, cells in embeddings("fresh", (21, 22, 23)).items()]
     labels = {
-        "model": "`model`, row of length 1", "long-row": "`model`", "data": "`data`", "scratch": "`scratch`",
+        "model": "`model`", "long-row": "`model`, longer embedding", "data": "`data`", "scratch": "`scratch`",
     }  # fmt: skip
     for task in NEW_TASKS:
         for protocol, label in labels.items():
