@@ -1088,13 +1088,13 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
     action_dims, prior_max_return = list(envs.action_dims), np.zeros(0, np.float32)
     prior_size = int(prior.slots["valid"].sum()) if prior else 0
     one_task = args.prior_learner == "single-task"
-    if prior and not one_task:
+    if args.protocol == "data" and not one_task:
         action_dims, prior_max_return = action_dims + pretrained.info.action_dims, pretrained.max_return
     use_embedding = args.protocol == "model" or len(action_dims) > 1
     agent = make_agent(settings, len(action_dims), *sizes, action_dims, use_embedding)
     replay = Replay(1, min(args.buffer_size, args.total_timesteps + 1000), *sizes)
     normalizer = ReturnNormalizer(1, args.discount)
-    if prior and one_task:
+    if args.protocol == "data" and one_task:
         normalizer.max_return[0] = pretrained.max_return.max()
     rng = np.random.default_rng(args.seed)
     state, saved = run.restore(agent.init(args.seed), replay)

@@ -307,6 +307,19 @@ def test_data_transfer_of_the_paper_has_one_task(counters, tmp_path):
     assert brc.BATCH_SIZES[brc.Args.prior_learner] == 256
 
 
+@pytest.mark.parametrize("learner", ["single-task", "multi-task"])
+def test_play_of_data_transfer_needs_no_pretraining_data(counters, tmp_path, learner, capsys, monkeypatch):
+    how = [*LEARN, "--protocol", "data", "--prior-learner", learner]
+    run_dir = transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", SMALLER, *how)
+    filled, load_checkpoint = [], brc.load_checkpoint
+    monkeypatch.setattr(
+        brc, "load_checkpoint", lambda *a, **k: filled.append(a[2:]) or load_checkpoint(*a, **k)
+    )  # the pretrained run's replay may be tens of GB
+    brc.main(brc.parse_args(["--play", str(run_dir)]))
+    assert f"playing {run_dir}, step 40" in capsys.readouterr().out
+    assert [replay for replay, *_ in filled] == [None, None]
+
+
 def test_a_target_of_pretraining_is_a_warning(counters, tmp_path, capsys):
     transfer(tmp_path, "run", "--pretrained", counters, "--env-ids", COUNTERS[0], "--total-timesteps", 0)
     assert f"warning: {COUNTERS[0]} is no new task" in capsys.readouterr().err
