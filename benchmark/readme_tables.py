@@ -204,7 +204,7 @@ def cloning_by_likelihood() -> list[list[str]]:
     """transfer/README.md, seeds 21 to 25: mean success over the last 4k updates, by the averaged actor."""
     rows, means = [], {}
     for name, label in (("mse", "`mse` (the default)"), ("nll", "`nll`")):
-        runs = [RESULTS / f"transfer/fresh/{name}-0.03__{seed}" for seed in range(21, 26)]
+        runs = [RESULTS / f"offline/nll/{name}-0.03__{seed}" for seed in range(21, 26)]
         means[name] = np.array([success_from(run / "eval.csv", 8500) for run in runs])
         rows.append(
             [label, " ".join(map(two, means[name])), f"{two(means[name].mean())} (sd {two(means[name].std(ddof=1))})"]
@@ -265,7 +265,8 @@ TABLES = {
     "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "transfer, before": transfer_before,
     "variants": variants,
     "selection": selection, "bfloat16": bfloat16,
-    "offline, fresh seeds": offline_fresh, "averaged actor": averaged_actor,
+    "offline, fresh seeds": offline_fresh, "cloning by likelihood": cloning_by_likelihood,
+    "averaged actor": averaged_actor,
     "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
 }  # fmt: skip
 
