@@ -1,13 +1,13 @@
 """The agent learns: two tasks with opposite goals that only the task's identity tells apart."""
 
 import csv
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-import brc_sac_continuous as brc
-
+SCRIPT = Path(__file__).resolve().parent.parent / "brc_sac_continuous.py"
 TASKS = ["gym_tasks:PointRight-v0", "gym_tasks:PointLeft-v0"]
 
 
@@ -34,12 +34,12 @@ def references() -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("conditioning", ["embedding", pytest.param("heads", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", [7, pytest.param(8, marks=pytest.mark.slow)])
-def test_one_agent_learns_two_opposite_tasks(conditioning, seed, references, tmp_path):
+def test_one_agent_learns_two_opposite_tasks(conditioning, seed, references, tmp_path, learn):
     """Whoever ignores the task gets at most 25 in both together: that point's own 25, and next to nothing elsewhere."""
     arguments = f"""--task-conditioning {conditioning} --seed {seed} --run-root {tmp_path} --run-name run
         --critic-width 64 --critic-depth 1 --actor-width 64 --batch-size 64 --discount 0.95 --learning-starts 300
         --total-timesteps 3000 --eval-every 3000 --eval-episodes 10 --checkpoint-every 3000"""
-    brc.main(brc.parse_args(["--env-ids", *(f"gym/{task}" for task in TASKS), *arguments.split()]))
+    learn("--env-ids", *(f"gym/{task}" for task in TASKS), *arguments.split())
     with (tmp_path / "run" / "eval.csv").open() as file:
         returns = {
             (row["step"], row["task"].removeprefix("gym/")): float(row["return"]) for row in csv.DictReader(file)

@@ -470,10 +470,10 @@ def curve(run_dir: Path) -> dict[tuple[int, str], float]:
     return {(int(row[0]), row[3]): float(row[5]) for row in rows}
 
 
-def test_learns_more_than_the_data_show(mixed_data, tmp_path):
+def test_learns_more_than_the_data_show(mixed_data, tmp_path, learn):
     arguments = """--critic-width 64 --critic-depth 1 --actor-width 64 --batch-size 64 --discount 0.95 --bc-loss mse
         --bc-coef 1 --total-updates 4000 --eval-every 4000""".split()
-    train("--dataset", mixed_data, *arguments, "--run-root", tmp_path, "--run-name", "run")
+    learn("--dataset", mixed_data, *arguments, "--run-root", tmp_path, "--run-name", "run")
     information = json.loads((tmp_path / "run" / "args.json").read_text())
     returns = curve(tmp_path / "run")
     for task, mean in information["data_mean_return"].items():
