@@ -328,7 +328,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, would be smaller
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
             keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
             return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 
@@ -491,7 +491,7 @@ class Agent(NamedTuple):
     act_deterministic: Callable
     value: Callable
     update: Callable
-    embed: Callable  # from here on for diagnostics
+    embed: Callable  # from here on for diagnostics and transfer
     td_target: Callable
     critic_loss: Callable
     actor_loss: Callable

@@ -248,7 +248,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, task_ids: jax.Array) -> jax.Array:
-        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, would be smaller
+        def head_by_head(key, shape, dtype):  # one orthogonal matrix over all heads, wider than tall, shrinks outputs
             keys, init = jax.random.split(key, self.num_heads), nn.initializers.orthogonal(self.gain)
             return jnp.concatenate([init(k, (shape[0], self.features), dtype) for k in keys], axis=1)
 

@@ -22,9 +22,8 @@ sys.path.insert(0, str(TESTS.parent))
 
 # Tests compile many small agents and run each for a moment: unoptimized, and by XLA's older CPU emitters, an update
 # compiles in a quarter of the time.
-OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
-if not version("jaxlib").startswith("0.10."):  # one that does not know a flag ends the process
-    OLDER_EMITTERS = ""
+# A jaxlib that does not know a flag ends the process.
+OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 os.environ.setdefault("XLA_FLAGS", f"--xla_backend_optimization_level=0 {OLDER_EMITTERS}".strip())
 
 
