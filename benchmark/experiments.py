@@ -3,8 +3,9 @@
   EXPERIMENTS["figure4"].runs(SCALES["paper"])  ->  [Run, ...]
 
 A scale says which tasks, widths, steps, seeds and flags stand for the paper's: `paper` has the paper's own (Sections 4,
-D and E), `laptop` the same structure with a few easy tasks, narrow critics and few steps. A run is named after what it
-computes, so that figures which need the same run (the multi-task BRC of Figures 1, 4, 5, 6, 16, ...) share it.
+D and E), `laptop` the same structure with tasks that two cores learn in minutes (why these: results/laptop/README.md).
+A run is named after what it computes, so that figures which need the same run (the multi-task BRC of Figures 1, 4, 5,
+6, 16, ...) share it.
 
 Ablations and baselines are flags of brc_sac_continuous.py:
 
@@ -114,6 +115,8 @@ class Scale:
     """Figure 11 shows the first 500k steps"""
     flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """script: flags of every run at this scale"""
+    mixed: str | None = None
+    """suite of several reward scales that Figure 3 shows beside HB-Medium, as the laptop's tasks there share one"""
     offline_data: str | None = None
     """Figure 12's data set; none: the replay of the online run"""
 
@@ -142,18 +145,18 @@ PAPER = Scale(
     offline_data="{data}/mt80",
 )  # fmt: skip
 
-LAPTOP_STEPS = 8_000
-CARTPOLE = ["dmc/cartpole-balance", "dmc/cartpole-swingup"]  # one body, and learned in part within the steps
-DRAWER = ["metaworld/drawer-close", "metaworld/handle-press"]
+LAPTOP_STEPS = 15_000
+SIX = [f"metaworld/{t}" for t in ("reach", "door-close", "drawer-close", "handle-press", "button-press-topdown",
+                                  "coffee-button")]  # fmt: skip
+UNSEEN = ["metaworld/reach-wall", "metaworld/handle-press-side"]
+CARTPOLE = ["dmc/cartpole-balance", "dmc/cartpole-swingup"]
 LAPTOP_TASKS = {  # what stands for the paper's suites
-    **dict.fromkeys(("hb-medium", "hb-hard", "hb-medium-3"), CARTPOLE),
-    **dict.fromkeys(("hb-medium-pretrain", "hb-medium-6"), [*CARTPOLE, "dmc/cartpole-balance-sparse"]),
-    "hb-medium-9": [*CARTPOLE, "dmc/cartpole-balance-sparse", "dmc/pendulum-swingup"],
-    **dict.fromkeys(("hb-medium-transfer", "hb-hard-transfer"), ["dmc/cartpole-swingup-sparse"]),
-    "metaworld": DRAWER, "metaworld-pretrain": DRAWER, "metaworld-transfer": ["metaworld/door-close"],
+    **dict.fromkeys(("hb-medium", "hb-hard", "metaworld", "hb-medium-6", "hb-medium-pretrain"), SIX),
+    "hb-medium-3": SIX[:3], "hb-medium-9": [*SIX, *UNSEEN, "metaworld/window-close"],
+    **dict.fromkeys(("hb-medium-transfer", "hb-hard-transfer", "metaworld-transfer"), UNSEEN),
+    "mw-dmc": [*SIX[:4], *CARTPOLE, "dmc/walker-stand", "gym/Pendulum-v1"],  # rewards of 0 to 10, 0 to 1, -16 to 0
     "dmc-dogs": ["dmc/walker-stand", "dmc/walker-walk"], "dmc-humanoids": ["dmc/hopper-stand", "dmc/hopper-hop"],
     "shadowhand": ["shadowhand/block", "shadowhand/egg"], "shadowhand-transfer": ["shadowhand/pen"],
-    "mw-dmc": [*DRAWER, "metaworld/reach", "metaworld/door-close", *CARTPOLE, "dmc/walker-stand", "dmc/walker-walk"],
     "atari": ["atari/pong", "atari/boxing"],
 }  # fmt: skip
 
@@ -164,17 +167,18 @@ def laptop_suite(name: str, tasks: list[str]) -> Suite:
 
 LAPTOP = Scale(
     name="laptop", suites={name: laptop_suite(name, tasks) for name, tasks in LAPTOP_TASKS.items()},
-    benchmarks={"cartpole": ("hb-medium",)}, transfers={"cartpole": ("hb-medium-pretrain", "hb-medium-transfer")},
+    benchmarks={"MetaWorld": ("hb-medium",)}, transfers={"MetaWorld": ("hb-medium-pretrain", "hb-medium-transfer")},
     widths=(32, 128), width=128, narrow=32, sac_width=128,
-    seeds=2, transfer_seeds=2, offline_seeds=2, offline_updates=8_000, data_transfer_steps=LAPTOP_STEPS,
+    seeds=5, transfer_seeds=5, offline_seeds=5, offline_updates=LAPTOP_STEPS,
+    data_transfer_steps=LAPTOP_STEPS, mixed="mw-dmc",
     flags={
-        SAC: words("--actor-width", 128, "--batch-size", 64, "--learning-starts", 1000, "--initial-temperature", 0.01,
-                   "--eval-every", 2000),
+        SAC: words("--actor-width", 64, "--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
+                   "--eval-every", 2500),
         DRQ: words("--batch-size", 32, "--encoder-channels", 8, 16, 16, "--critic-width", 128, "--eval-every", 1000,
                    "--eval-episodes", 2, "--learning-starts", 500),
-        OFFLINE: words("--actor-width", 128, "--batch-size", 64, "--initial-temperature", 0.01, "--eval-every", 2000),
-        TRANSFER: words("--batch-size", 64, "--learning-starts", 1000, "--initial-temperature", 0.01,
-                        "--eval-every", 2000),
+        OFFLINE: words("--actor-width", 64, "--batch-size", 128, "--initial-temperature", 0.01, "--eval-every", 2500),
+        TRANSFER: words("--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
+                        "--eval-every", 2500),
     },
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (PAPER, LAPTOP)}
@@ -288,6 +292,8 @@ def figure3(scale: Scale) -> list[Run]:
     }.items():  # fmt: skip
         runs += single(scale, "hb-medium", "single-task", label, variant=variant)
         runs += multi(scale, "hb-medium", "multi-task", label, variant=variant)
+        if scale.mixed:
+            runs += multi(scale, scale.mixed, "multi-task, mixed rewards", label, variant=variant)
     return runs
 
 

@@ -134,7 +134,7 @@ def summarize(data: Data, rows: pd.DataFrame, by=("panel", "label", "x"), planne
         matrix, tasks = scores.score_matrix(group)
         if not tasks:
             continue
-        wanted = planned or data.planned(**named)
+        wanted = [task for task in planned or data.planned(**named) if scores.has_score(task)]
         if len(tasks) < len(wanted):
             where = " ".join(str(value) for value in key if value not in ("", None))
             data.notes.append(f"{where}: no mean, {len(tasks)} of {len(wanted)} tasks have a finished run")
@@ -264,22 +264,24 @@ def stability(data: Data):
     found = defaultdict(list)
     for run, arrays in data.statistics():
         for name in ("td_loss", "gradient_norm", "entropy"):
-            found[run.label, name].append(arrays[name].std() / max(abs(arrays[name].mean()), 1e-12))
+            found[run.panel, run.label, name].append(arrays[name].std() / max(abs(arrays[name].mean()), 1e-12))
     table = summarize(data, data.final, ("panel", "label"))
+    logged = list(dict.fromkeys(panel for panel, _, _ in found)) or ["multi-task"]
     panels = [panel for panel in data.panels() if panel in set(table["panel"])]
-    figure, axes = new_figure(1, 1 + max(len(panels), 1))
-    for index, label in enumerate(data.labels()):
-        values = [found.get((label, name), [np.nan]) for name in ("td_loss", "gradient_norm", "entropy")]
-        axes[0, 0].bar(np.arange(3) + 0.25 * index, [np.mean(v) for v in values], 0.25, label=label)
-        for place, seeds in enumerate(values):
-            axes[0, 0].plot([place + 0.25 * index] * len(seeds), seeds, "k.", markersize=3)
-    axes[0, 0].set_xticks(np.arange(3) + 0.25, ["TD loss", "gradient norm", "entropy"])
-    axes[0, 0].set_title("multi-task: sigma / mu over tasks (dots: seeds)", fontsize=10)
-    axes[0, 0].legend(fontsize=7)
-    for axis, panel in zip(axes.flat[1:], panels, strict=False):
+    figure, axes = new_figure(1, len(logged) + max(len(panels), 1))
+    for axis, panel in zip(axes.flat, logged, strict=False):
+        for index, label in enumerate(data.labels(panel)):
+            values = [found.get((panel, label, name), [np.nan]) for name in ("td_loss", "gradient_norm", "entropy")]
+            axis.bar(np.arange(3) + 0.25 * index, [np.mean(v) for v in values], 0.25, label=label)
+            for place, seeds in enumerate(values):
+                axis.plot([place + 0.25 * index] * len(seeds), seeds, "k.", markersize=3)
+        axis.set_xticks(np.arange(3) + 0.25, ["TD loss", "gradient norm", "entropy"])
+        axis.set_title(f"{panel}: sigma / mu over tasks (dots: seeds)", fontsize=10)
+        axis.legend(fontsize=7)
+    for axis, panel in zip(axes.flat[len(logged) :], panels, strict=False):
         draw_bars(axis, table[table["panel"] == panel], panel)
-    spread = [{"panel": "multi-task", "label": f"{label}: sigma/mu of {name}", "seeds": len(seeds),
-               "mean": np.mean(seeds)} for (label, name), seeds in found.items()]  # fmt: skip
+    spread = [{"panel": panel, "label": f"{label}: sigma/mu of {name}", "seeds": len(seeds), "mean": np.mean(seeds)}
+              for (panel, label, name), seeds in found.items()]  # fmt: skip
     return figure, pd.concat([table, pd.DataFrame(spread)], ignore_index=True)
 
 

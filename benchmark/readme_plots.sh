@@ -13,8 +13,4 @@ python benchmark/plot.py $o/bc-only* $o/no-bc* $o/mse-0.03_* $o/mse-0.1_* $o/mse
 python benchmark/plot.py $o/fresh/bc-only* $o/fresh/no-bc* $o/fresh/mse-0.03_* $o/fresh/mse-0.3_* --labels "BC only" \
   "no BC" "BRC+BC, c = 0.03" "c = 0.3" --out $o/fresh/curve.png
 python benchmark/plot.py $results/atari/atari2 --labels "narrow encoder" --out $results/atari/curve.png
-# Figures 9 and 17 need no runs beyond those of Figure 1.
-python benchmark/plot.py figure1 figure4 figure5 figure6 figure7 figure9 figure17 --scale laptop \
-  --runs $results/laptop/runs --out $results/laptop
-rm -f $results/laptop/*.pdf
 python benchmark/readme_tables.py > $results/tables.md

@@ -43,6 +43,11 @@ def normalized_score(task: str, value: float) -> float:
         return np.nan
 
 
+def has_score(task: str) -> bool:
+    """Whether the paper defines a score of the task: it does not for gym/."""
+    return bool(np.isfinite(normalized_score(task, 0.0)))
+
+
 # -------------------------------------------------------------------------------------------------------- reading
 
 
@@ -293,8 +298,9 @@ def summary(scores: np.ndarray, reps: int) -> dict[str, float]:
 def mean_curve(table: pd.DataFrame, reps: int, column: str = "score") -> pd.DataFrame:
     """Mean over tasks and seeds at every step that all tasks reached: step, mean, low, high, seeds.
 
-    The number of seeds may shrink towards the end, where runs are unfinished.
+    The number of seeds may shrink towards the end, where runs are unfinished. A task without any score is left out.
     """
+    table = table[table.groupby("task")[column].transform("count") > 0]
     tasks, groups = table["task"].nunique(), {}
     for step, rows in table.groupby("step"):
         scores, found = score_matrix(rows, column)
