@@ -29,6 +29,7 @@ from run_files import checkpoint_steps, curve
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
 pytest.importorskip("rliable", reason="pip install rliable==1.2.0")
+import claims  # noqa: E402
 import experiments  # noqa: E402
 import keep  # noqa: E402
 import launch  # noqa: E402
@@ -530,6 +531,37 @@ def test_numbers_of_the_tables(drawn):
     assert games.loc["atari/pong", "BRC* (ours, laptop)"] == pytest.approx(expected, rel=1e-4)
     assert games.loc["atari/pong", "SPR"] == -5.4
     assert list(table_of(out, "figure24").columns) == ["scale", "embedding", "shadowhand/pen"]
+
+
+def test_claims(finished, monkeypatch, capsys, tmp_path):
+    """Numbers of the table against what was written, a verdict by hand, and runs that are not there."""
+    monkeypatch.setattr(claims, "LAPTOP", LAPTOP)
+    assert claims.main(claims.Args(finished)) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2 + 29 and all(len(row) == 6 for row in rows)
+    assert all(row[5] in ("seen", "not seen", "contradicted") for row in rows[2:])
+    steps = (10_000, 12_500, 15_000)
+
+    def by_seed(figure: str, label: str, **where) -> str:
+        values = {}
+        for run in EXPERIMENTS[figure].runs(LAPTOP):
+            if run.label == label and all(getattr(run, name) == value for name, value in where.items()):
+                tasks = [task for task in launch.tasks_of(run, LAPTOP) if scores.has_score(task)]
+                values.setdefault(run.seed, []).append(np.mean([known(run, t, s) for t in tasks for s in steps]))
+        return " ".join(f"{np.mean(found):.2f}" for found in values.values())
+
+    assert rows[2][2:4] == [by_seed("figure1", "BRC*"), by_seed("figure1", "BRC")]
+    mixed = {"panel": "multi-task, mixed rewards"}
+    assert rows[10][2:4] == [by_seed("figure3", label, **mixed) for label in ("CE + normalization",
+                                                                             "MSE + normalization")]  # fmt: skip
+    conflicts = next(row for row in rows if row[1].startswith("task embeddings: "))
+    assert conflicts[2:4] == ["1.00 0.00", "1.00 0.00"] and conflicts[5] == "not seen"
+    assert claims.row(1, "", [0.8, 0.9], [0.1, 0.2])[4:] == ["+0.700 (+0.396 to +1.004)", "seen"]  # t(2) = 4.303
+    assert claims.row(1, "", [0.1, 0.2], [0.8, 0.9])[5] == "contradicted"
+    monkeypatch.setattr(claims, "LAPTOP", replace(LAPTOP, seeds=5))
+    assert claims.row(1, "", [0.8, 0.9], [0.1, 0.2])[5] == "seen (2 of 5 seeds)"
+    assert claims.main(claims.Args(tmp_path)) == 0 and capsys.readouterr().out.count("| not run |") == 29
+    assert claims.main(claims.Args(tmp_path / "none")) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_mean_over_all_panels(monkeypatch, tmp_path, capsys, two_tasks):
