@@ -165,6 +165,7 @@ def laptop_suite(name: str, tasks: list[str]) -> Suite:
     return Suite(tuple(tasks), 2_000 if name == "atari" else LAPTOP_STEPS, ("--env-ids", *tasks))
 
 
+LAPTOP_RATES = words("--actor-lr", 8e-4, "--critic-lr", 8e-4, "--temperature-lr", 8e-4)
 LAPTOP = Scale(
     name="laptop", suites={name: laptop_suite(name, tasks) for name, tasks in LAPTOP_TASKS.items()},
     benchmarks={"MetaWorld": ("hb-medium",)}, transfers={"MetaWorld": ("hb-medium-pretrain", "hb-medium-transfer")},
@@ -173,12 +174,13 @@ LAPTOP = Scale(
     data_transfer_steps=LAPTOP_STEPS, mixed="mw-dmc",
     flags={
         SAC: words("--actor-width", 64, "--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
-                   "--eval-every", 2500),
+                   "--eval-every", 2500, *LAPTOP_RATES),
         DRQ: words("--batch-size", 32, "--encoder-channels", 8, 16, 16, "--critic-width", 128, "--eval-every", 1000,
                    "--eval-episodes", 2, "--learning-starts", 500),
-        OFFLINE: words("--actor-width", 64, "--batch-size", 128, "--initial-temperature", 0.01, "--eval-every", 2500),
+        OFFLINE: words("--actor-width", 64, "--batch-size", 128, "--initial-temperature", 0.01, "--eval-every", 2500,
+                       *LAPTOP_RATES),
         TRANSFER: words("--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
-                        "--eval-every", 2500),
+                        "--eval-every", 2500, *LAPTOP_RATES),
     },
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (PAPER, LAPTOP)}

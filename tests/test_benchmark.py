@@ -35,6 +35,7 @@ import keep  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 import readme_tables  # noqa: E402
+import released_code  # noqa: E402
 import scores  # noqa: E402
 import speed  # noqa: E402
 from experiments import DRQ, EXPERIMENTS, OFFLINE, SAC, SCALES, TRANSFER, Run  # noqa: E402
@@ -872,3 +873,18 @@ def test_speed_of_a_call(monkeypatch):
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert speed.seconds_per_call(function, calls=3) == 2
     assert next(durations, None) is None
+
+
+@pytest.mark.parametrize(("code", "arguments", "words"), [
+    ("no", (), ("no is no copy of the released code",)),
+    ("released", ("--critic-loss", "mse"), ("knows no other critic_loss than ce",)),
+    ("released", (), ("No module named 'jaxrl.agent'",)),
+])  # fmt: skip
+def test_released_code_refuses_in_one_line(code, arguments, words, monkeypatch, tmp_path, capsys):
+    """What it does with the real one is measured in results/laptop: no registry has it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "released" / "jaxrl").mkdir(parents=True)
+    assert released_code.main([code, "--env-ids", "dmc/cartpole-balance", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert not (tmp_path / "runs").exists()
