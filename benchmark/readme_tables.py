@@ -255,6 +255,19 @@ def finger_spin() -> list[list[str]]:
     return rows
 
 
+def atari_cpu() -> list[list[str]]:
+    """Return of the last evaluation of two Atari games, seeds 1 to 3, its mean, and the mean human-normalized score."""
+    rows = []
+    for game in ("updown", "mspacman"):
+        for agent, label in ((game, "alone"), ("both", "one agent of both")):
+            runs = [RESULTS / f"atari/cpu/{agent}-{seed}" for seed in (1, 2, 3)]
+            returns = [mean_of(run, "return", task=f"/{game}") for run in runs]
+            score = np.mean([mean_of(run, "score", task=f"/{game}") for run in runs])
+            cells = [" ".join(f"{value:.0f}" for value in returns), f"{np.mean(returns):.0f}", f"{score:.3f}"]
+            rows.append([f"`{game}`, {label}", *cells])
+    return rows
+
+
 TABLES = {
     "first command": partial(first_command, "readme", (1, 2, 3, 4, 5), (0, 5000, 10000, 15000, 20000, 30000)),
     "first command before November 2026": partial(
@@ -264,7 +277,7 @@ TABLES = {
     "variants": variants,
     "selection": selection, "bfloat16": bfloat16,
     "offline, fresh seeds": offline_fresh, "cloning by likelihood": cloning_by_likelihood,
-    "averaged actor": averaged_actor,
+    "averaged actor": averaged_actor, "Atari on a CPU": atari_cpu,
     "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
 }  # fmt: skip
 
