@@ -786,7 +786,10 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     axes[0, 0].set_ylabel("score", fontsize=8)
-    lines, names = axes.flat[len(panels) - 1].get_legend_handles_labels()
+    legend = {}  # by color: what has no mean over all tasks is named by its own panel, the rest by the last one
+    for axis in axes.flat:
+        legend |= {line.get_color(): (line, name) for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    lines, names = zip(*(legend[color] for color in sorted(legend, key=lambda color: int(color[1:]))), strict=True)
     figure.legend(lines, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)

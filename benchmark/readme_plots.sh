@@ -13,4 +13,6 @@ python benchmark/plot.py $o/bc-only* $o/no-bc* $o/mse-0.03_* $o/mse-0.1_* $o/mse
 python benchmark/plot.py $o/fresh/bc-only* $o/fresh/no-bc* $o/fresh/mse-0.03_* $o/fresh/mse-0.3_* --labels "BC only" \
   "no BC" "BRC+BC, c = 0.03" "c = 0.3" --out $o/fresh/curve.png
 python benchmark/plot.py $results/atari/atari2 --labels "narrow encoder" --out $results/atari/curve.png
+a=$results/atari/cpu
+python benchmark/plot.py $a/updown-* $a/mspacman-* $a/both-* --labels alone alone "one agent of both" --out $a/curve.png
 python benchmark/readme_tables.py > $results/tables.md

@@ -771,6 +771,21 @@ def test_curves_of_run_directories(tmp_path, capsys):
     assert last == {task: (end, pytest.approx(unit * known(runs[0], task, end))) for task, unit in units.items()}
 
 
+def test_the_legend_names_what_has_no_mean_over_all_tasks(tmp_path, monkeypatch):
+    """Two single-task agents and one of both tasks, each a curve: the first two were not named."""
+    legends = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *_, **__: legends.append(figure.legends))
+    tasks = experiments.SIX[:2]
+    runs = [tiny(task, 100, task) for task in tasks]
+    both = ("--env-ids", *tasks, "--total-timesteps", "100", "--eval-every", "100")
+    runs.append(Run("", "both", SAC, both, 1, "both"))
+    directories = [write_run(tmp_path, replace(run, tag=f"run-{index}"), known) for index, run in enumerate(runs)]
+    args = plot.Args(tuple(map(str, directories)), out=tmp_path / "x.png", labels=("first", "second", "both"))
+    assert plot.main(args) == 0
+    [[legend]] = legends
+    assert [text.get_text() for text in legend.get_texts()] == ["first (1 seed)", "second (1 seed)", "both (1 seed)"]
+
+
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_means_are_taken_at_equal_steps(order, tmp_path, monkeypatch, capsys):
     """Two runs of one label, evaluated every 1,000 and 2,000 steps, whose score is the step, a third that stopped: the
