@@ -119,6 +119,8 @@ class Scale:
     """suite of several reward scales that Figure 3 shows beside HB-Medium, as the laptop's tasks there share one"""
     offline_data: str | None = None
     """Figure 12's data set; none: the replay of the online run"""
+    single_task_ablations: bool = True
+    """Figures 3 and 4 show single-task agents of every loss and architecture, not of BRC alone"""
 
 
 def words(*values) -> tuple[str, ...]:
@@ -171,7 +173,7 @@ LAPTOP = Scale(
     benchmarks={"MetaWorld": ("hb-medium",)}, transfers={"MetaWorld": ("hb-medium-pretrain", "hb-medium-transfer")},
     widths=(32, 128), width=128, narrow=32, sac_width=128,
     seeds=5, transfer_seeds=5, offline_seeds=5, offline_updates=LAPTOP_STEPS,
-    data_transfer_steps=LAPTOP_STEPS, mixed="mw-dmc",
+    data_transfer_steps=LAPTOP_STEPS, mixed="mw-dmc", single_task_ablations=False,
     flags={
         SAC: words("--actor-width", 64, "--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
                    "--eval-every", 2500, *LAPTOP_RATES),
@@ -292,7 +294,8 @@ def figure3(scale: Scale) -> list[Run]:
     for label, variant in {
         "MSE": NO_CE, "MSE + normalization": ("--critic-loss", "mse"), "CE + normalization": ()
     }.items():  # fmt: skip
-        runs += single(scale, "hb-medium", "single-task", label, variant=variant)
+        if scale.single_task_ablations or not variant:
+            runs += single(scale, "hb-medium", "single-task", label, variant=variant)
         runs += multi(scale, "hb-medium", "multi-task", label, variant=variant)
         if scale.mixed:
             runs += multi(scale, scale.mixed, "multi-task, mixed rewards", label, variant=variant)
@@ -303,7 +306,8 @@ def figure4(scale: Scale) -> list[Run]:
     runs = []
     for width in scale.widths:
         for label, variant in ARCHITECTURES.items():
-            runs += single(scale, "hb-medium", "single-task", label, width=width, variant=variant, x=width)
+            if scale.single_task_ablations or not variant:
+                runs += single(scale, "hb-medium", "single-task", label, width=width, variant=variant, x=width)
             runs += multi(scale, "hb-medium", "multi-task", label, width=width, variant=variant, x=width)
     return runs
 
