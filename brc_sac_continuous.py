@@ -1300,7 +1300,8 @@ class Results(NamedTuple):
 
 
 def reported(info: dict) -> float:
-    return float(np.ravel(next((info[key] for key in REPORTED if key in info), math.nan))[0])
+    value = np.ravel(next((info[key] for key in REPORTED if key in info), math.nan))
+    return float(value[0]) if value.size and value.dtype.kind in "biuf" else math.nan  # a task may report None or text
 
 
 class EnvPoolTask:
@@ -1386,7 +1387,8 @@ class WorkerEnv:
             self.cached = state if state["has_gauss"] else None
 
     def step(self, action: np.ndarray | None) -> tuple:
-        """As gym.Env.step; a reset after an episode's end and without an action."""
+        """As gym.Env.step; a reset after an episode's end and without an action. Raises ValueError for an observation
+        or reward of another shape than they should have."""
         with self.own_random_numbers():
             if action is None or self.done:
                 observation, info = self.env.reset(seed=self.seed)
@@ -1395,8 +1397,13 @@ class WorkerEnv:
             else:
                 space = self.env.action_space
                 result = self.env.step(action[: space.shape[0]].astype(space.dtype) if space.shape else action)
-        self.done = result[2] or result[3]
-        return result
+        observation, reward, terminated, truncated, info = result
+        if np.shape(observation) != self.env.observation_space.shape:
+            declared = self.env.observation_space.shape
+            raise ValueError(f"an observation of shape {np.shape(observation)} where its space has {declared}")
+        self.done = terminated or truncated
+        # many tasks reward by an array of one number
+        return observation, np.asarray(reward, np.float64).item(), terminated, truncated, info
 
 
 class WorkerEnvs:

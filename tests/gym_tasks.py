@@ -181,6 +181,23 @@ class BadReward(Counter):
         return observation, self.bad if self.steps == 161 else reward, terminated, truncated, info
 
 
+class Loose(Counter):
+    """Pays arrays of one number, ends with arrays, and does not know whether it succeeded."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, _ = super().step(action)
+        info = {"success": [None, "maybe", []][self.t % 3]}
+        return list(observation), np.array([[reward]]), np.array([terminated]), np.array(truncated), info
+
+
+class Short(Counter):
+    """Forgets a number of its observation."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation[:-1], *rest
+
+
 class GlobalRandom(gym.Env):
     """Draws from NumPy's global generator, as some of HumanoidBench do: a number when it is made and at a reset, two at
     a step. draw: a function of np.random; of Gaussians, it keeps the second half of a pair for the next draw.
@@ -309,6 +326,8 @@ REGISTERED = {
     "FailsAtReset": (FailsAtReset, {"length": 5, "ends": "terminated"}),
     "RaisesInConstructor": (RaisesInConstructor, {"length": 5, "ends": "terminated"}),
     "KilledAtStart": (KilledAtStart, {"length": 5, "ends": "terminated"}),
+    "Loose": (Loose, {"length": 5, "ends": "terminated"}),
+    "Short": (Short, {"length": 5, "ends": "terminated"}),
     "Uniform": (GlobalRandom, {"draw": "uniform"}),
     "Gaussian": (GlobalRandom, {"draw": "normal"}),
     "Unstable": (Unstable, {"length": 5, "ends": "truncated"}),

@@ -604,6 +604,25 @@ def test_an_environment_that_keeps_failing_ends_the_run(names, environments):
         step(envs)
 
 
+def test_an_observation_of_another_size_is_a_failure_and_no_data(environments):
+    """What it lacks would otherwise be what lay in memory before."""
+    reports = []
+    envs = environments(gym_tasks("Short"), workers=brc.EnvWorkers(1, report=reports.append))
+    envs.reset()
+    assert not step(envs).valid.any()
+    reason = "ValueError: an observation of shape (2,) where its space has (3,)"
+    assert reports == [f"gym/gym_tasks:Short-v0 failed: {reason}"]
+
+
+def test_arrays_of_one_number_are_numbers(environments):
+    """As rewards and ends; a success that is no number is not known."""
+    strict, loose = environments(gym_tasks("Terminates5")), environments(gym_tasks("Loose"))
+    np.testing.assert_array_equal(strict.reset(), loose.reset())
+    for _ in range(14):
+        for a, b in zip(step(strict), step(loose), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_failures_far_apart_do_not_end_the_run(environments, monkeypatch):
     monkeypatch.setattr(brc.Worker, "failures_apart", 20)
     reports = []
