@@ -16,23 +16,25 @@ computes, for game i:
   normalization    Gbar_i <- max(Gbar_i, max_t |G_i(s_t)|) when an episode ends                          (Eq. 2)
                    Gbar_i <- max(Gbar_i, |r_t|) at every step                                            (ours)
                    r_i <- r_i V_max / Gbar_i   (no entropy, so lambda_i = 0)                            (Eq. 3)
-  n-step return    R = sum over k < n of gamma^k r_{t+k}, n = 3, cut at a lost life or the end          (Table 4)
-  greedy action    a* = argmax_a E[z ~ p_theta(s_{t+n}, a)], by the online network (double Q, DrQ(eps)) (C.1)
-  TD target        y = projection onto z of  R + gamma^n (1 - terminated) z,  z ~ p_target(s_{t+n}, a*) (C.2)
+  n-step return    R = sum over k < m of gamma^k r_{t+k}, m = 3, or less if the game ends before        (Table 4)
+  greedy action    a* = argmax_a E[z ~ p_theta(s_{t+m}, a)], by the online network (double Q, DrQ(eps)) (C.1)
+  TD target        y = projection onto z of  R + gamma^m (1 - ended) z,  z ~ p_target(s_{t+m}, a*),     (C.2)
+                   ended where it was lost or won, not truncated; to the learner each life is a game
   critic loss      cross-entropy of p_theta(s_t, a_t) with y                                            (Section 3)
   task embedding   e_i / |e_i|_1, appended to the encoder's output: the encoder is task-agnostic        (C.4)
   target critic    theta_target <- (1 - tau) theta_target + tau theta, after every update               (C.1)
 
 Network (Figure 14): scaled Impala encoder, layer norm, task embedding, two dense layers, |A| x N_atoms logits.
 
-What the paper leaves open is as in DrQ(eps) of google/dopamine (labs/atari_100k): 1,600 random steps first, of every
-game, epsilon decays after them, 0.001 in evaluation, 100 games at the end; random shift by up to 4 pixels (a crop at 0
-to 8 of the padded image) and intensity noise of 5% on both observations; a lost life ends the episode for learning and
-clears the frame stack; Adam's epsilon 1.5e-4; Xavier initialization. Not taken over: its dueling heads, as the paper
-names a dense critic; its clipped rewards (--clip-rewards), since return normalization takes care of their scale; and
-the end of a step's four frames at a lost life. Open in the paper and chosen here: 1 to 30 frames of no-ops begin a
-game, the online network acts, weight decay is on all parameters, biases and norms too, and the batch is 256 (Table 4)
-for one game as for many. Returns of Eq. 2 end at a lost life, as the critic's episodes do.
+What the paper leaves open is as in DrQ(eps) of google/dopamine (labs/atari_100k): each game begins with 1,600 random
+steps; epsilon decays after them and is 0.001 in evaluation; 100 games at the end; the online network acts; random shift
+by up to 4 pixels (a crop at 0 to 8 of the padded image, there 0 to 7) and intensity noise of 5% on both observations; a
+lost life ends the episode for learning and clears the frame stack; Adam's epsilon 1.5e-4; Xavier initialization. Not
+taken over: its dueling heads, as the paper names a dense critic; its clipped rewards (--clip-rewards), since return
+normalization takes care of their scale; the end of a step's four frames at a lost life; and its no-ops at the start of
+a game (0 to 29 steps there, 1 to 30 frames here). Open in the paper and chosen here: weight decay is on all parameters,
+biases and norms too, and the batch is 256 (Table 4) for one game as for many. Returns of Eq. 2 end at a lost life, as
+the critic's episodes do.
 
 envpool plays the games; ale-py with Gymnasium's AtariPreprocessing is the reference (--env-backend gymnasium). Replay
 holds one 84 x 84 frame a step, 18.4 GB for all 26 games. gym/ tasks with such frames and discrete actions run as well.
@@ -95,6 +97,8 @@ except ImportError:  # Windows
 # return normalization, agent, replay, main. Part 2: games and environments. Part 3: the run.
 # ======================================================================================================================
 
+# what part 3, the same in all scripts, has to know of this one
+
 
 def interquartile_mean(scores) -> float:
     """Mean of the middle half of the scores (IQM, Agarwal et al., 2021)."""
@@ -106,7 +110,7 @@ def interquartile_mean(scores) -> float:
 SCRIPT = "brc_drq_atari"
 PACKAGES = ("jax", "flax", "optax", "envpool", "ale_py", "gymnasium")
 AGGREGATES = {"mean": np.mean, "median": np.median, "iqm": interquartile_mean}  # over games, of an evaluation
-FRAME, STACK = (84, 84), 4  # what the agent sees: the newest four frames
+FRAME, STACK = (84, 84), 4  # height and width of a frame; how many of them the agent sees, the newest ones
 
 PositiveInt = Annotated[int, "[1, inf)"]  # intervals are checked in part 3
 NonNegativeInt = Annotated[int, "[0, inf)"]
@@ -132,7 +136,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints, logging and environment processes may be given anew"""
+    checkpoints, logging, videos and environments may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -142,7 +146,7 @@ class Args:
     env_timeout: Annotated[float, "(0, inf)"] = 600.0
     """seconds after which such a process counts as hung: it is started again, and its episodes are dropped"""
     total_timesteps: Annotated[int | None, "[0, inf)"] = None
-    """steps per game, of four frames each (default: 100,000, Atari 100k); 0 builds everything and exits"""
+    """steps per game, each of four frames or a reset (default: 100,000, Atari 100k); 0 builds everything and exits"""
     learning_starts: PositiveInt = 1_600
     """uniformly random steps per game before the first update (dopamine's min_replay_history)"""
     eval_every: PositiveInt = 25_000
@@ -150,15 +154,15 @@ class Args:
     eval_episodes: PositiveInt = 10
     """whole games per evaluation and game, epsilon 0.001"""
     final_eval_episodes: Annotated[int | None, "[1, inf)"] = None
-    """the same of the last evaluation (default: ten times --eval-episodes, so 100, as DrQ(eps) plays)"""
+    """games in the last evaluation (default: ten times --eval-episodes, so 100, as DrQ(eps) plays)"""
     checkpoint_every: PositiveInt = 25_000
     """steps per game between checkpoints; one more is written at the end and when stopped"""
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep"""
     save_replay: bool = False
-    """write all transitions to RUN_DIR/replay/, one .npy file per game, when the run ends or is stopped"""
+    """write the replay to RUN_DIR/replay/, one .npy file per game, when the run ends or is stopped"""
     capture_video: bool = False
-    """write an mp4 of one evaluation game each to RUN_DIR/videos/"""
+    """at evaluation, write an mp4 of one more game of each task to RUN_DIR/videos/"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline is respected)"""
     wandb_project: str = "brc"
@@ -171,8 +175,8 @@ class Args:
     utd: PositiveInt = 2
     """updates per vector step, one step of every game (Table 4)"""
     buffer_size: Annotated[int, "[12, inf)"] = 100_000
-    """replay capacity per game (Table 4); a ring of fewer than 12 slots could hold nothing but resets, and the oldest
-    three, whose stacks are lost"""
+    """replay capacity per game (Table 4); at least 12, as the oldest three of a full ring, whose stacks are lost, are
+    never sampled, and a few others may all be resets"""
     polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 4)"""
     learning_rate: NonNegativeFloat = 1e-4
@@ -206,15 +210,15 @@ class Args:
     embedding_size: PositiveInt = 32
     """task embedding size (Table 4)"""
     clip_rewards: bool = False
-    """learn from rewards clipped to [-1, 1], as Dopamine's agents do; the paper does not say"""
+    """learn from rewards clipped to [-1, 1], as dopamine's agents do; off, as Eq. 3 scales them"""
     variant: Literal["paper", "released-code"] = "paper"
-    """where the paper and the authors' released code differ: released-code
-    stands for --embedding-norm l2 --truncation-bootstrap mean-reward;
-    any of these given by hand wins"""
+    """released-code stands for --embedding-norm l2 --truncation-bootstrap mean-reward, where the authors' code differs
+    from the paper; either given by hand wins"""
     embedding_norm: Literal["l1", "l2"] = "l1"
     """the norm that is 1 for every embedding: l1 in the paper (C.4), l2 in the released SAC code"""
     truncation_bootstrap: Literal["critic", "mean-reward"] = "critic"
-    """tail of a truncated return in Eq. 2: critic output in the paper (C.2), mean reward / (1 - gamma) in the code"""
+    """tail of a truncated return in Eq. 2: critic output in the paper (C.2), mean reward / (1 - gamma) in the released
+    code"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """number format in which the encoder computes; its parameters are float32 in any case"""
 
@@ -250,7 +254,7 @@ def augment(key: jax.Array, images: jax.Array, pad: int = 4, intensity: float = 
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 max pooling of stride 2 and padding "SAME", as flax's nn.max_pool, of x [batch, height, width, channels].
 
-    In this form its gradient, which is the same, takes XLA's CPU backend a tenth of the time, and an update 3/4 of it.
+    In this form XLA's CPU backend takes a tenth of the time for its gradient, the same one; a whole update takes 3/4.
     """
     for axis in (2, 1):
         size = x.shape[axis]
@@ -377,21 +381,21 @@ class ReturnNormalizer:
 
 # ----------------------------------------------------------------------------------------------- agent state and update
 
-MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a game whose rewards were all zero
+MIN_SCALE = 1e-8  # of Eq. 3's divisor; reached only by a game whose returns were all but zero
 EVAL_EPSILON = 0.001  # as in DrQ(eps)
 
 
 class AgentState(NamedTuple):
     """Everything that an update changes, on the device."""
 
-    critic: Any  # {"network": ..., "embedding": [num_tasks, embedding_size] or absent}
+    critic: Any  # parameters {"network": Critic's, "embedding": nn.Embed's, or absent}
     critic_optimizer: Any
     target_critic: Any
     key: jax.Array
 
 
 class Agent(NamedTuple):
-    """The functions of one agent, see make_agent: all compiled but `embed`, which is for diagnostics."""
+    """The functions of one agent, see make_agent: act, value and update are compiled; `embed` is for diagnostics."""
 
     init: Callable
     act: Callable
@@ -406,7 +410,7 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
     action_dims: the tasks' own numbers of actions (default: num_actions for all); others are never chosen.
     """
     use_embedding = num_tasks > 1
-    own_actions = jnp.array(action_dims or [num_actions] * num_tasks)
+    action_counts = jnp.array(action_dims or [num_actions] * num_tasks)
     atoms = jnp.linspace(args.v_min, args.v_max, args.num_atoms)  # Eq. 1
     network = Critic(
         args.encoder_channels, args.critic_width, args.critic_depth, num_actions, args.num_atoms, jnp.dtype(args.dtype)
@@ -429,7 +433,7 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
         order = 1 if args.embedding_norm == "l1" else 2
         return embedding / jnp.linalg.norm(embedding, ord=order, axis=-1, keepdims=True)
 
-    def images(frames):
+    def to_images(frames):
         """Stored frames [batch, 4, 84, 84] as images [batch, 84, 84, 4] in [0, 1]."""
         return jnp.moveaxis(frames, 1, -1).astype(jnp.float32) / 255
 
@@ -440,14 +444,15 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
     def q_values(outputs, task_ids):
         """Expected return of every action, [batch, |A|]; -inf for actions that the task does not have."""
         values = (nn.softmax(outputs) * atoms).sum(-1)
-        return jnp.where(jnp.arange(num_actions) < own_actions[task_ids][:, None], values, -jnp.inf)
+        return jnp.where(jnp.arange(num_actions) < action_counts[task_ids][:, None], values, -jnp.inf)
 
     def reward_scale(max_return):
         """V_max / Gbar_i for each task (Eq. 3 without entropy)."""
         return args.v_max / jnp.maximum(max_return, MIN_SCALE) if args.normalize_returns else jnp.ones(num_tasks)
 
     def td_target(state, batch, next_images, max_return):
-        """Target distribution [batch, num_atoms] (C.2): online network chooses the action, target network rates it."""
+        """Target distribution [batch, num_atoms] (C.2), of the online network's action by the target network, and
+        normalized returns [batch]."""
         greedy = q_values(logits(state.critic, next_images, batch.task_ids), batch.task_ids).argmax(-1)
         outputs = logits(state.target_critic, next_images, batch.task_ids)
         probs = nn.softmax(jnp.take_along_axis(outputs, greedy[:, None, None], axis=1).squeeze(1))
@@ -464,17 +469,17 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
     def update_once(state: AgentState, batch: Batch, max_return: jax.Array):
         """Critic, then target critic."""
         key, image_key, next_key = jax.random.split(state.key, 3)
-        now, later = images(batch.frames), images(batch.next_frames)
+        now, later = to_images(batch.frames), to_images(batch.next_frames)
         if args.augmentation:
             now, later = augment(image_key, now), augment(next_key, later)
         target, returns = td_target(state, batch, later, max_return)
-        value, gradient = jax.value_and_grad(critic_loss)(state.critic, batch, now, target)
-        step, critic_optimizer = optimizer.update(gradient, state.critic_optimizer, state.critic)
-        critic = optax.apply_updates(state.critic, step)
+        loss, gradient = jax.value_and_grad(critic_loss)(state.critic, batch, now, target)
+        changes, critic_optimizer = optimizer.update(gradient, state.critic_optimizer, state.critic)
+        critic = optax.apply_updates(state.critic, changes)
         target_critic = optax.incremental_update(critic, state.target_critic, args.polyak_tau)
         q = (target * atoms).sum(-1)
         metrics = {
-            "losses/critic": value, "gradient_norms/critic": optax.tree.norm(gradient), "q/target_mean": q.mean(),
+            "losses/critic": loss, "gradient_norms/critic": optax.tree.norm(gradient), "q/target_mean": q.mean(),
             "q/target_min": q.min(), "q/target_max": q.max(), "returns/normalized_mean": returns.mean(),
             "returns/normalized_max_abs": jnp.abs(returns).max(),
         }  # fmt: skip
@@ -491,14 +496,14 @@ def make_agent(args: Args, num_tasks: int, num_actions: int, action_dims=None) -
     def act(critic, key, step, frames, task_ids, epsilon):
         """Epsilon-greedy actions [batch]. frames: [batch, 4, 84, 84]."""
         explore_key, action_key = jax.random.split(jax.random.fold_in(key, step))
-        greedy = q_values(logits(critic, images(frames), task_ids), task_ids).argmax(-1)
-        uniform = jax.random.randint(action_key, greedy.shape, 0, own_actions[task_ids])
+        greedy = q_values(logits(critic, to_images(frames), task_ids), task_ids).argmax(-1)
+        uniform = jax.random.randint(action_key, greedy.shape, 0, action_counts[task_ids])
         return jnp.where(jax.random.uniform(explore_key, greedy.shape) < epsilon, uniform, greedy)
 
     def value(state: AgentState, frames, max_return):
         """Critic's value of one observation per task at its greedy action, in units of reward, [num_tasks]."""
         task_ids = jnp.arange(num_tasks)
-        q = q_values(logits(state.critic, images(frames), task_ids), task_ids).max(-1)
+        q = q_values(logits(state.critic, to_images(frames), task_ids), task_ids).max(-1)
         return jnp.clip(q / args.v_max, -1, 1) * max_return if args.normalize_returns else q
 
     return Agent(init, jax.jit(act), jax.jit(value), jax.jit(update, donate_argnums=0), embed)
@@ -589,14 +594,14 @@ class Replay:
     def sample(self, rng: np.random.Generator, utd: int, batch_size: int) -> Batch:
         """Uniform over the stored transitions of all games."""
         (num_tasks, ring), shape = self.slots.shape, (utd, batch_size)
-        # In a full ring the oldest slots have lost frames of their stack.
-        oldest = self.size if self.inserted < ring else self.size - (STACK - 1)
+        # in steps before the head; in a full ring the oldest slots have lost frames of their stack
+        max_age = self.size if self.inserted < ring else self.size - (STACK - 1)
         task_ids = rng.integers(num_tasks, size=shape, dtype=np.int32)
-        slots = (self.head - rng.integers(1, oldest + 1, size=shape)) % ring
+        slots = (self.head - rng.integers(1, max_age + 1, size=shape)) % ring
         while not (valid := self.slots["valid"][task_ids, slots]).all():
             redrawn = int((~valid).sum())
             task_ids[~valid] = rng.integers(num_tasks, size=redrawn)
-            slots[~valid] = (self.head - rng.integers(1, oldest + 1, size=redrawn)) % ring
+            slots[~valid] = (self.head - rng.integers(1, max_age + 1, size=redrawn)) % ring
         return self.gather(task_ids, slots)
 
     def gather(self, task_ids: np.ndarray, slots: np.ndarray) -> Batch:
@@ -625,11 +630,11 @@ class Replay:
 
 
 def save_replay(directory: Path, replay: Replay, tasks: list[str]) -> None:
-    """One structured .npy per game, oldest slot first."""
+    """One structured .npy per game, oldest slot first; the last is the frame that waits for its action."""
     directory.mkdir(exist_ok=True)
-    numbers = np.arange(replay.inserted - replay.size, replay.inserted + 1) % replay.slots.shape[1]
+    oldest_first = np.arange(replay.inserted - replay.size, replay.inserted + 1) % replay.slots.shape[1]
     for task, slots in zip(tasks, replay.slots, strict=True):
-        save_array(directory / f"{file_name(task)}.npy", slots[numbers])
+        save_array(directory / f"{file_name(task)}.npy", slots[oldest_first])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -646,7 +651,7 @@ def main(args: Args) -> None:
         envs = ParallelEnvs(tasks, 1, env_seed, args.env_backend, workers)
         num_tasks, num_actions = len(tasks), envs.action_dim
         agent = make_agent(args, num_tasks, num_actions, envs.action_dims)
-        # a short run allocates what it can fill, and 1,000 slots more, as every resume takes one
+        # a short run allocates what it can fill, and 1,000 slots more for resumes, each of which takes one
         capacity = min(args.buffer_size, max(args.total_timesteps, 1) + 1000)
         replay = Replay(num_tasks, capacity, args.n_step, args.discount)
         normalizer = ReturnNormalizer(num_tasks, args.discount)
@@ -662,7 +667,7 @@ def main(args: Args) -> None:
         run.start(env_info=envs.information())
         if args.total_timesteps == 0:
             return envs.close()
-        copies = eval_copies(num_tasks, args.eval_episodes)
+        copies = eval_copies(num_tasks, math.gcd(args.eval_episodes, final_episodes))
         eval_envs = ParallelEnvs(tasks, copies, eval_seed, args.env_backend, workers)
         task_ids, act_key, metrics = np.arange(num_tasks), jax.random.PRNGKey(args.seed + 1), {}
         frames, batches, rng_state = envs.reset(), None, rng.bit_generator.state
@@ -672,8 +677,8 @@ def main(args: Args) -> None:
         while True:
             if run.evaluation_due():
                 act = evaluation_policy(agent, state.critic, args.seed + run.step)
-                last = run.step >= args.total_timesteps and not args.play
-                episodes = final_episodes if last else args.eval_episodes
+                final = run.step >= args.total_timesteps and not args.play
+                episodes = final_episodes if final else args.eval_episodes
                 if run.log_evaluation(evaluate(act, eval_envs, episodes, run.stop)) and args.capture_video:
                     record_videos(act, envs, run)
             if run.checkpoint_due():
@@ -686,7 +691,7 @@ def main(args: Args) -> None:
             # 1. act with the newest critic, and update: queued together, so that the device goes on without a pause
             learning, epsilon = run.step >= args.learning_starts, exploration_epsilon(args, run.step)
             if learning:
-                batches = batches or draw()
+                batches = draw() if batches is None else batches
                 actions = agent.act(state.critic, act_key, run.step, frames, task_ids, epsilon)
                 state, metrics = agent.update(state, batches, normalizer.max_return)
             else:
@@ -694,7 +699,7 @@ def main(args: Args) -> None:
             actions = np.asarray(actions)
             envs.send(actions)
             # 2. meanwhile draw the next step's batches, without this step's transitions, and move them to the device
-            rng_state = rng.bit_generator.state  # a resumed run goes on from before the draw
+            rng_state = rng.bit_generator.state  # saved: a resumed run draws these again
             if learning:
                 batches = jax.device_put(draw())
             # 3. receive, store, update Gbar_i; for the critic, a lost life ends an episode
@@ -775,8 +780,8 @@ def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str
             if game is None:
                 raise UserError(f"unknown task '{task}'; atari/ has: {', '.join(ATARI)}")
             tasks[number] = f"atari/{game}"
-    if len(set(tasks)) < len(tasks):
-        raise UserError("a task is named twice in --env-ids")
+    if len(set(map(file_name, tasks))) < len(tasks):
+        raise UserError("a task is named twice in --env-ids, or two of them have one file name")
     return tasks, steps
 
 
@@ -797,7 +802,7 @@ def normalized_score(task: str, episode_return: float) -> float:
 def make_env(task: str, render_mode: str | None = None, seed: int | None = None) -> gym.Env:
     """One Gymnasium environment with grayscale frames [84, 84] uint8 and discrete actions.
 
-    Atari: the 18 actions of the full set, no sticky actions, four frames a step with the last two pooled, up to 30
+    Atari: the 18 actions of the full set, no sticky actions, four frames a step with the last two pooled, 1 to 30
     no-ops first, rewards as they are, info["lives"]; a lost life does not end the game. Raises UserError when a
     package is missing or the spaces do not fit. Its own random generator is seeded by reset(seed).
     """

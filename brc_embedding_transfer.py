@@ -130,7 +130,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints, logging and environment processes may be given anew"""
+    checkpoints, logging, videos and environments may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -700,7 +700,7 @@ def make_agent(
 
 # Copied from brc_sac_continuous.py
 class Batch(NamedTuple):
-    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+    """Transitions; leading axes [batch_size], online after [utd]."""
 
     observations: np.ndarray  # [..., |S|]
     actions: np.ndarray  # [..., |A|]
@@ -1137,13 +1137,13 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
         else:
             actions = rng.uniform(-1, 1, (1, envs.action_dim)).astype(np.float32) * envs.action_mask
         if learning:
-            batches = batches or draw()
+            batches = draw() if batches is None else batches
             max_return = np.concatenate([normalizer.max_return, prior_max_return])
             state, metrics = agent.update(state, batches, max_return)
         actions = np.asarray(actions)
         envs.send(actions)
         # 2. meanwhile draw the next step's batches, without this step's transition, and move them to the device
-        rng_state = rng.bit_generator.state  # a resumed run goes on from before the draw
+        rng_state = rng.bit_generator.state  # saved: a resumed run draws these again
         if learning:
             batches = jax.device_put(draw())
         # 3. receive, store, update Gbar
@@ -1429,8 +1429,8 @@ def check_tasks(tasks: list[str]) -> None:
             raise UserError(f"unknown task '{task}'; tasks are family/task with a family of {', '.join(FAMILIES)}, gym")
         if name not in FAMILIES[family]:
             raise UserError(f"unknown task '{task}'; {family}/ has: {', '.join(FAMILIES[family])}")
-    if len(set(tasks)) < len(tasks):
-        raise UserError("a task is named twice in --env-ids")
+    if len(set(map(file_name, tasks))) < len(tasks):
+        raise UserError("a task is named twice in --env-ids, or two of them have one file name")
 
 
 def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str], int]:

@@ -13,15 +13,16 @@
 
 "Bigger, Regularized, Categorical: High-Capacity Value Functions are Efficient Multi-Task Learners"
 (Nauman et al., 2025, arXiv:2505.23150), Section 5 and Figure 12: the critic of SAC+BRC trained on data that others
-collected, with a behavioral-cloning term in the actor's loss. The appendix that details this term is missing; it is
-derived here from TD3+BC (Fujimoto and Gu, 2021), DDPG+BC (Park et al., 2024) and FQL (Park et al., 2025), which share
-two things: the value is divided by its mean magnitude, so that one coefficient fits all scales, and the actions of the
-data are cloned by likelihood or by squared error. In the notation of brc_sac_continuous.py, with data (s, a, r, s'):
+collected, with a behavioral-cloning term in the actor's loss. Appendix C, said to detail this term, does not; it is
+derived here from TD3+BC (Fujimoto and Gu, 2021) and DDPG+BC (Park et al., 2024): the value is divided by its mean
+magnitude, so that one coefficient fits all scales, and the actions of the data are cloned by squared error or by
+likelihood. (FQL, Park et al., 2025, the third that the paper cites, distills a flow policy instead.) In the paper's
+notation, with data (s, a, r, s'):
 
   actor loss       mean[alpha log pi(a~|s) - Q(s, a~)] / sg(mean |Q(s, a~)|) + c BC,   a~ ~ pi(s),  c = --bc-coef
-  BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           the default, as in TD3+BC and FQL
+  BC (mse)         mean[|tanh mu(s) - a|^2 / |A|]                           the default, as in TD3+BC
   BC (nll)         -mean[log pi(a|s) / |A|]                                 as in DDPG+BC;
-                   |a| <= .999 and the standard deviation >= e^-2 there, so that no single action decides;
+                   in it |a| <= .999 and the standard deviation >= e^-2, so that no single action decides;
                    likelihood sets the policy's spread, so alpha = 0 in every loss: no entropy bonus
   critic loss, temperature, task embeddings, target critic                  as in SAC+BRC (Section 3, B, C.1-C.4)
   normalization    r <- r V_max / (Gbar_i + lambda_i), Gbar_i the largest |return| in the data of task i    (Eq. 2-4)
@@ -30,13 +31,13 @@ data are cloned by likelihood or by squared error. In the notation of brc_sac_co
 
 sg: no gradient. |A|: the task's own number of action dimensions, so that c means the same for every body. --bc-only
 leaves the first term out (behavioral cloning); --bc-coef 0 leaves the second out (offline SAC+BRC). Data may be larger
-than memory: files are memory-mapped, nothing in them is executed. What --save-replay writes is replay-quality data; for
-expert-like data take the end of a run that learned (--last-transitions 20000), for medium ones a run stopped half way.
-TD-MPC2's mt30 and mt80 are read after benchmark/convert_tdmpc2.py.
+than memory: .npy files are memory-mapped, Minari's are made such first; nothing in them is executed. What --save-replay
+writes is replay-quality data; for expert-like data take the end of a run that learned (--last-transitions 20000), for
+medium ones a run stopped half way. TD-MPC2's mt30 and mt80 are read after benchmark/convert_tdmpc2.py.
 
   python brc_sac_continuous.py --env-ids dmc/walker-walk --save-replay --run-name walker     # collect data
   python brc_offline_bc.py --dataset runs/walker/replay --total-updates 100000               # learn from it alone
-  python brc_offline_bc.py --dataset D4RL/pen/human-v2 --env-ids gym/AdroitHandPen-v1        # a Minari data set
+  python brc_offline_bc.py --dataset D4RL/pen/human-v2 --env-ids gym/gymnasium_robotics:AdroitHandPen-v1    # Minari's
   python brc_offline_bc.py --resume runs/RUN                                                 # continue a stopped run
   python brc_offline_bc.py --play runs/RUN --capture-video                                   # watch what it learned
 """
@@ -121,7 +122,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints, logging and environment processes may be given anew"""
+    checkpoints, logging, videos and environments may be given anew, and --dataset where the same data were moved"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -135,7 +136,7 @@ class Args:
     clip_actions: bool = False
     """clip recorded actions to [-1, 1], as the environment would; without it, data with others are refused"""
     last_transitions: Annotated[int | None, "[1, inf)"] = None
-    """learn from this many newest transitions of each task only: of a run that learned, the expert's part"""
+    """learn from this many newest transitions of each task only: the expert end of a run that learned"""
     eval_every: PositiveInt = 25_000
     """updates between evaluations"""
     eval_episodes: PositiveInt = 10
@@ -155,19 +156,20 @@ class Args:
     """c, the weight of behavioral cloning; 0 is offline SAC+BRC (default: the best of small sweeps, not by much; see
     benchmark/results/README.md)"""
     bc_loss: Literal["nll", "mse"] = "mse"
-    """clone by the data action's negative log-likelihood (alpha is 0 then), or by the mean action's squared error"""
+    """clone by the data action's negative log-likelihood (alpha is 0 then, if c > 0), or by the mean action's squared
+    error"""
     bc_only: bool = False
-    """behavioral cloning alone: the actor ignores the critic, and alpha is 0"""
+    """behavioral cloning alone: no Q in the actor's loss, and alpha is 0"""
 
     discount: Annotated[float, "[0, 1)"] = 0.99
     """gamma (Table 3)"""
     batch_size: PositiveInt = 1024
-    """transitions per update, over all tasks, each equally likely (Table 3, for one task, too: see Appendix D)"""
+    """transitions per update; every task is equally likely (Table 3, for one task, too: see Appendix D)"""
     polyak_tau: Annotated[float, "[0, 1]"] = 5e-3
     """rate of the target critic's moving average, after every update (Table 3)"""
     actor_average_rate: Annotated[float, "(0, 1]"] = 2e-3
     """rate of the moving average of the actor's parameters, with which evaluation and films act; 1 is the actor itself,
-    as in the paper (default: steadier, see benchmark/results/README.md)"""
+    as in the paper (default: better, see benchmark/results/README.md)"""
     actor_lr: NonNegativeFloat = 3e-4
     """AdamW learning rate of the actor (Table 3)"""
     critic_lr: NonNegativeFloat = 3e-4
@@ -402,8 +404,8 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         critic = {"ensemble": jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)}
         if use_embedding:
             critic["embedding"] = embedding_network.init(embedding_key, task_ids)
-        # Likelihood sets the policy's spread by itself, and cloning alone does not listen to the temperature, which
-        # would rise without end against either and carry the targets out of the support: no entropy then.
+        # Neither lets the temperature steer the policy's spread: likelihood sets it, and cloning alone has no entropy
+        # term. It would rise without end and carry the targets out of the support: no entropy then.
         clones_spread = args.bc_only or (args.bc_loss == "nll" and args.bc_coef > 0)
         log_temperature = jnp.log(jnp.float32(0 if clones_spread else args.initial_temperature))
         return AgentState(
@@ -486,7 +488,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
         log_probs, parts = aux
         changes, opt_state = actor_optimizer.update(actor_gradient, state.actor_optimizer, state.actor)
         actor = optax.apply_updates(state.actor, changes)
-        # At first the plain mean of all actors after an update, until there are 1 / rate: the random one has no part.
+        # At first the plain mean of the actors so far, until there are 1 / rate; the initial one has no part.
         rate = jnp.maximum(args.actor_average_rate, 1 / optax.tree.get(opt_state, "count"))
         average_actor = optax.incremental_update(actor, state.average_actor, rate)
         state = state._replace(actor=actor, actor_optimizer=opt_state, average_actor=average_actor)
@@ -526,7 +528,7 @@ def make_agent(args: Args, num_tasks: int, observation_dim: int, action_dim: int
 
 # Copied from brc_sac_continuous.py
 class Batch(NamedTuple):
-    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+    """Transitions; leading axes [batch_size], online after [utd]."""
 
     observations: np.ndarray  # [..., |S|]
     actions: np.ndarray  # [..., |A|]
@@ -568,27 +570,27 @@ class Dataset:
 
     def __init__(
         self, tasks: list[str], paths: list[Path], envs: "ParallelEnvs", last: int | None, discount: float,
-        clip_actions: bool = False,
+        clip_actions: bool = False, all_whole: bool = False,
     ):  # fmt: skip
-        """last: how many of each task's newest transitions to take, None for all. Raises UserError for data that do not
-        fit or cannot be learned from."""
+        """last: how many of each task's newest transitions to take, None for all. all_whole: no episode was cut by a
+        run's end. Raises UserError for data that do not fit or cannot be learned from."""
         self.observation_dim, self.action_dim = envs.observation_dim, envs.action_dim
-        self.records, self.starts, returns = [], [], []
+        self.records, self.starts, returns = [], [], []  # starts: of transitions
         for task, path, *sizes in zip(tasks, paths, envs.observation_dims, envs.action_dims, strict=True):
-            records = self.open(task, path, record_type(*sizes))
+            records = self.mapped(task, path, record_type(*sizes))
             starts = np.flatnonzero(records["valid"][:-1])[-(last or 0) :]  # -0: all
             if not len(starts):
                 raise UserError(f"{path}: no transition of {task} in it")
             newest = records[starts[0] :]
             self.check_content(path, newest, clip_actions)
             is_cut = bool(starts[0] > 0 and records["valid"][starts[0] - 1])
-            returns.append(returns_of(newest, discount, is_cut))
+            returns.append(returns_of(newest, discount, is_cut, all_whole))
             self.records.append(records)
             self.starts.append(starts)
         largest, self.mean_return = zip(*returns, strict=True)
         self.max_return = np.array(largest, np.float32)  # Gbar_i
 
-    def open(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
+    def mapped(self, task: str, path: Path, dtype: np.dtype) -> np.ndarray:
         """Maps a file. Raises UserError if it is damaged or not what the task's sizes ask for."""
         try:
             records = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
@@ -632,31 +634,33 @@ class Dataset:
         return Batch(observations, actions, rewards, terminated, next_observations, task_ids)
 
 
-def returns_of(records: np.ndarray, discount: float, is_cut: bool) -> tuple[float, float]:
+def returns_of(records: np.ndarray, discount: float, is_cut: bool, all_whole: bool = False) -> tuple[float, float]:
     """Largest absolute discounted return (Eq. 2) and mean undiscounted return of the episodes in `records`.
 
     After the end of an episode comes nothing if it terminated, else its mean reward for ever, as in the released code:
     no critic is there yet to be asked (C.2). A piece that a stopped run leaves, shorter than the longest episode and
-    than the horizon 1 / (1 - discount), says too little about what would have come: nothing is added. The mean is
-    over whole episodes: terminated or as long as the longest, without the first where `is_cut` says that its beginning
-    is missing; over all pieces if none is whole.
+    than the horizon 1 / (1 - discount), says too little about what would have come: nothing is added. The mean is over
+    whole episodes: terminated or as long as the longest, without the first where `is_cut` says that its beginning is
+    missing, and without a last one longer than all others, which may have been going on; over all pieces if none is
+    whole. all_whole: every episode ended by itself, as those of Minari, whatever its length.
     """
-    valid = np.array(records["valid"])
-    rewards, terminated = records["reward"].astype(np.float64), np.array(records["terminated"])
-    ends = np.flatnonzero(~np.append(valid, False))
-    starts = np.append(0, ends[:-1] + 1)
-    longest = int((ends - starts).max())
-    largest, whole, pieces = float(np.abs(rewards[valid]).max(initial=0)), [], []
-    for start, end in zip(starts, ends, strict=True):
-        if end == start:
-            continue
-        episode = rewards[start:end]
+    valid, rewards = np.array(records["valid"]), records["reward"].astype(np.float64)
+    terminated = np.array(records["terminated"])
+    last = valid & (terminated | ~np.append(valid[1:], False))
+    starts, ends = np.flatnonzero(valid & ~np.append(False, (valid & ~last)[:-1])), np.flatnonzero(last) + 1
+    lengths = ends - starts
+    largest, whole, pieces = 0.0, [], []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        episode, truncated = rewards[start:end], not terminated[end - 1]
         returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
-        if not terminated[end - 1] and len(episode) >= min(longest, 1 / (1 - discount)):
+        if truncated and (all_whole or len(episode) >= min(lengths.max(), 1 / (1 - discount))):
             returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
-        largest = max(largest, float(np.abs(returns).max()))
+        largest = max(largest, float(np.abs(returns).max()), float(np.abs(episode).max()))
         pieces.append(episode.sum())
-        if (terminated[end - 1] or len(episode) == longest) and not (is_cut and start == 0):
+        begun_before = is_cut and number == 0
+        going_on = number == len(lengths) - 1 and len(episode) > lengths[int(is_cut) : -1].max(initial=0) > 0
+        complete = all_whole or not truncated or (len(episode) == lengths.max() and not going_on)
+        if complete and not begun_before:
             whole.append(episode.sum())
     return largest, float(np.mean(whole or pieces))
 
@@ -667,10 +671,12 @@ def is_folder(dataset: tuple[str, ...]) -> bool:
 
 
 def dataset_tasks(args: Args) -> list[str]:
-    """Names of the tasks to learn. Raises UserError if the data set does not say, or has others."""
+    """Names of the tasks to learn. Raises UserError if the data set does not say, or lacks one."""
     if not args.dataset:
         raise UserError("no data: give --dataset, such as --dataset runs/RUN/replay of a run made with --save-replay")
     if not is_folder(args.dataset):
+        if any(is_folder((entry,)) for entry in args.dataset):
+            raise UserError("--dataset takes one folder: put the tasks' .npy files into one, a link each is enough")
         if len(args.env_ids) != len(args.dataset):
             raise UserError(
                 f"--dataset {' '.join(args.dataset)}: no folder with .npy files, such as runs/RUN/replay; Minari data "
@@ -700,7 +706,7 @@ def dataset_tasks(args: Args) -> list[str]:
 
 def how_collected(args: Args, tasks: list[str]) -> tuple[int, dict[str, int]]:
     """Steps for which each recorded action was held, and the pieces that each task's episodes were cut into: 1, unless
-    a converter's dataset.json (for --play, the run's args.json) says otherwise."""
+    a converter's dataset.json says otherwise (for --play the first, from the run's args.json)."""
     path = Path(args.play, "args.json") if args.play else Path(args.dataset[0], "dataset.json")
     try:
         about = json.loads(path.read_text()) if path.is_file() else {}
@@ -718,6 +724,9 @@ def data_files(args: Args, tasks: list[str], run_dir: Path) -> list[Path]:
     if is_folder(args.dataset):
         return [Path(args.dataset[0]) / f"{file_name(task)}.npy" for task in tasks]
     paths = [run_dir / "data" / f"{file_name(task)}.npy" for task in tasks]
+    changed = args.resume and json.loads((run_dir / "args.json").read_text())["dataset"] != list(args.dataset)
+    if changed and any(path.exists() for path in paths):
+        raise UserError(f"--resume {run_dir}: it has its data in {run_dir / 'data'}; leave --dataset out")
     for name, task, path in zip(args.dataset, tasks, paths, strict=True):
         if not args.resume or not path.exists():
             convert_minari(name, task, path)
@@ -725,7 +734,7 @@ def data_files(args: Args, tasks: list[str], run_dir: Path) -> list[Path]:
 
 
 def environment_parts(task: str) -> dict | None:
-    """Names and spaces of what the environment observes, in its order; None if that is no Dict."""
+    """Names and spaces (dm_control's: None) of what the environment observes, in its order; None if that is no Dict."""
     env = make_env(task)
     try:
         if isinstance(env.unwrapped, DMControlEnv):
@@ -738,11 +747,13 @@ def environment_parts(task: str) -> dict | None:
 
 
 def joined(observations, space: dict | gym.Space | None) -> np.ndarray:
-    """Recorded observations [time, ...], or a dict of them, as vectors [time, |S|] in the order of `space`."""
+    """Recorded observations [time, ...], or a dict or tuple of them, as vectors [time, |S|] in the order of `space`."""
     if isinstance(observations, dict):
         if set(observations) - {"achieved_goal"} != set(space or ()) - {"achieved_goal"}:
             raise ValueError(f"it observes {sorted(observations)}, the environment {sorted(space or ())}")
         return np.concatenate([joined(observations[key], part) for key, part in dict(space).items()], axis=1)
+    if isinstance(space, gym.spaces.Tuple):
+        return np.concatenate([joined(part, own) for part, own in zip(observations, space, strict=True)], axis=1)
     if isinstance(space, gym.Space) and not isinstance(space, gym.spaces.Box):
         return np.stack([gym.spaces.flatten(space, value) for value in observations])
     return np.reshape(observations, (len(observations), -1))
@@ -763,24 +774,32 @@ def convert_minari(name: str, task: str, path: Path) -> None:
     """
     try:
         import minari
+        from minari.storage.datasets_root_dir import get_dataset_path
     except ImportError as error:
         raise UserError(f"{name} needs Minari ({error}); install: pip install 'minari[hdf5,hf]==0.5.4'") from error
+    partial_path, records, first = path.with_name(f".partial-{path.name}"), None, 0
     try:
-        if Path(name).is_dir():
-            folder = Path(name)
-            data = minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
-        else:
-            data = minari.load_dataset(name, download=True)
-        if not isinstance(data.action_space, gym.spaces.Box):
-            raise ValueError(f"its actions are no Box but {data.action_space}")
+        folder = Path(name) if Path(name).is_dir() else get_dataset_path(name)
+        if not folder.is_dir():
+            minari.download_dataset(name)
+        folder = folder / "data" if (folder / "data").is_dir() else folder
+        if not {"observation_space", "action_space"} <= set(json.loads((folder / "metadata.json").read_text())):
+            # Minari would take them from an environment that the file names, and so run whatever it names
+            raise ValueError("its metadata.json lacks the spaces of observations and actions")
+        data = minari.MinariDataset(folder)
+        if not isinstance(data.action_space, gym.spaces.Box) or not data.action_space.is_bounded():
+            raise ValueError(f"its actions are no bounded Box but {data.action_space}")
+        if isinstance(data.observation_space, gym.spaces.Tuple):
+            raise ValueError("its observations are a Tuple")
         parts = environment_parts(task) if isinstance(data.observation_space, gym.spaces.Dict) else None
-        partial_path, records, first = path.with_name(f".partial-{path.name}"), None, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         for episode in data.iterate_episodes():
             observations = joined(episode.observations, parts)
             if records is None:
                 dtype = record_type(observations.shape[1], data.action_space.shape[0])
                 length = int(data.total_steps) + int(data.total_episodes)
+                if length * dtype.itemsize > shutil.disk_usage(path.parent).free:  # a full disk under a map is a crash
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 records = np.lib.format.open_memmap(partial_path, mode="w+", dtype=dtype, shape=(length,))
             last = first + len(episode.actions)  # the final observation's record, which is not a transition
             rows = records[first : last + 1]
@@ -794,6 +813,7 @@ def convert_minari(name: str, task: str, path: Path) -> None:
         records.flush()
         partial_path.replace(path)
     except Exception as error:  # Minari's, HDF5's and the network's own, of many kinds
+        partial_path.unlink(missing_ok=True)
         reason = f"cannot read a Minari data set of that name: {' '.join(str(error).split())}"
         raise UserError(f"--dataset {name}: no folder with .npy files, and {reason}") from error
 
@@ -819,12 +839,13 @@ def main(args: Args) -> None:
     with Run(args, tasks[0], args.total_updates, unit="update") as run:
         workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
         copies = eval_copies(len(tasks), args.eval_episodes)
-        eval_envs = ParallelEnvs(tasks, copies, args.seed, args.env_backend, workers)
+        eval_envs = ParallelEnvs(tasks, copies, run.seeds()[1], args.env_backend, workers)
         eval_envs.action_repeat, pieces = how_collected(args, tasks)
         data, about_data = None, {}
         if not args.play:
             files = data_files(args, tasks, run.directory)
-            data = Dataset(tasks, files, eval_envs, args.last_transitions, args.discount, args.clip_actions)
+            all_whole = not is_folder(args.dataset)
+            data = Dataset(tasks, files, eval_envs, args.last_transitions, args.discount, args.clip_actions, all_whole)
             about_data["data_transitions"] = dict(zip(tasks, map(len, data.starts), strict=True))
             mean_returns = zip(tasks, data.mean_return, strict=True)
             about_data["data_mean_return"] = {task: mean * pieces[task] for task, mean in mean_returns}
@@ -846,7 +867,7 @@ def main(args: Args) -> None:
         run.start(env_info=eval_envs.information(), action_repeat=eval_envs.action_repeat, **about_data)
         if args.total_updates == 0:
             return eval_envs.close()
-        rng_state = rng.bit_generator.state
+        rng_state = rng.bit_generator.state  # saved: a resumed run draws the pending batch again
         batch = data and data.sample(rng, args.batch_size)
 
         while True:
@@ -863,7 +884,7 @@ def main(args: Args) -> None:
                 break
 
             state, metrics = agent.update(state, batch, data.max_return)
-            rng_state = rng.bit_generator.state  # of the batch that comes next, which a resumed run draws again
+            rng_state = rng.bit_generator.state
             batch = data.sample(rng, args.batch_size)  # while the device updates
             jax.block_until_ready(metrics)
             run.advance(updates=1)
@@ -981,8 +1002,8 @@ def check_tasks(tasks: list[str]) -> None:
             raise UserError(f"unknown task '{task}'; tasks are family/task with a family of {', '.join(FAMILIES)}, gym")
         if name not in FAMILIES[family]:
             raise UserError(f"unknown task '{task}'; {family}/ has: {', '.join(FAMILIES[family])}")
-    if len(set(tasks)) < len(tasks):
-        raise UserError("a task is named twice in --env-ids")
+    if len(set(map(file_name, tasks))) < len(tasks):
+        raise UserError("a task is named twice in --env-ids, or two of them have one file name")
 
 
 def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str], int]:

@@ -118,7 +118,7 @@ class Args:
     """directory that holds the run directories"""
     resume: str | None = None
     """run directory to continue from its newest good checkpoint, with the saved arguments; those of length, evaluation,
-    checkpoints, logging and environment processes may be given anew"""
+    checkpoints, logging, videos and environments may be given anew"""
     play: str | None = None
     """run directory whose newest good checkpoint is evaluated, with --capture-video filmed; nothing else is written"""
     env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
@@ -655,7 +655,7 @@ def make_agent(
 
 
 class Batch(NamedTuple):
-    """Transitions; leading axes [utd, batch_size] when sampled from replay."""
+    """Transitions; leading axes [batch_size], online after [utd]."""
 
     observations: np.ndarray  # [..., |S|]
     actions: np.ndarray  # [..., |A|]
@@ -771,7 +771,7 @@ def main(args: Args) -> None:
         envs = ParallelEnvs(tasks, 1, env_seed, args.env_backend, workers)
         num_tasks, sizes = len(tasks), (envs.observation_dim, envs.action_dim)
         agent = make_agent(args, num_tasks, *sizes, envs.action_dims)
-        # a short run allocates what it can fill, and 1,000 slots more, as every resume takes one
+        # a short run allocates what it can fill, and 1,000 slots more for resumes, each of which takes one
         replay = Replay(num_tasks, min(args.buffer_size, max(args.total_timesteps, 1) + 1000), *sizes)
         normalizer = ReturnNormalizer(num_tasks, args.discount)
         rng = np.random.default_rng(args.seed)
@@ -810,7 +810,7 @@ def main(args: Args) -> None:
             # 1. act with the newest policy, and update: queued together, so that the device goes on without a pause
             learning = run.step >= args.learning_starts
             if learning:
-                batches = batches or draw()
+                batches = draw() if batches is None else batches
                 actions = agent.act(state.actor, state.critic, act_key, run.step, observations, task_ids)
                 state, metrics = agent.update(state, batches, normalizer.max_return)
             else:
@@ -818,7 +818,7 @@ def main(args: Args) -> None:
             actions = np.asarray(actions)
             envs.send(actions)
             # 2. meanwhile draw the next step's batches, without this step's transitions, and move them to the device
-            rng_state = rng.bit_generator.state  # a resumed run goes on from before the draw
+            rng_state = rng.bit_generator.state  # saved: a resumed run draws these again
             if learning:
                 batches = jax.device_put(draw(), everywhere)
             # 3. receive, store, update Gbar_i
@@ -1032,8 +1032,8 @@ def check_tasks(tasks: list[str]) -> None:
             raise UserError(f"unknown task '{task}'; tasks are family/task with a family of {', '.join(FAMILIES)}, gym")
         if name not in FAMILIES[family]:
             raise UserError(f"unknown task '{task}'; {family}/ has: {', '.join(FAMILIES[family])}")
-    if len(set(tasks)) < len(tasks):
-        raise UserError("a task is named twice in --env-ids")
+    if len(set(map(file_name, tasks))) < len(tasks):
+        raise UserError("a task is named twice in --env-ids, or two of them have one file name")
 
 
 def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str], int]:

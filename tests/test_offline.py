@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import jax
@@ -141,12 +142,12 @@ def test_largest_return_by_hand(tmp_path):
     """Terminated: nothing after the end. Truncated, as long as the longest episode or the horizon of 2: its mean reward
     for ever."""
 
-    def largest(*episodes, discount=0.5, is_cut=False):
+    def largest(*episodes, discount=0.5, is_cut=False, **options):
         made = [
             {"observations": np.zeros((len(rewards) + 1, 2)), "actions": np.zeros((len(rewards), 2)),
              "rewards": rewards, "terminated": terminated} for rewards, terminated in episodes
         ]  # fmt: skip
-        return brc.returns_of(np.load(write(tmp_path, "gym/A", made)), discount, is_cut)
+        return brc.returns_of(np.load(write(tmp_path, "gym/A", made)), discount, is_cut, **options)
 
     assert largest(([1, 2, 4], True)) == (4.0, 7.0)  # 1 + 1 + 1 = 3, 2 + 2 = 4, 4
     assert largest(([2, 4], False))[0] == pytest.approx(4 + 0.5 * 6)  # mean 3, tail 6: 2 + 2 + 1.5, 4 + 3
@@ -157,6 +158,19 @@ def test_largest_return_by_hand(tmp_path):
     assert largest(*episodes)[1] == (40 + 7) / 2
     assert largest(*episodes[2:], is_cut=True)[1] == 20  # of the 7 the beginning is missing
     assert largest(*episodes[2:3], is_cut=True)[1] == 7  # nothing is whole: whatever there is
+    assert largest(([1] * 3, True), ([1] * 7, False))[1] == 3  # the 7 may have been going on
+    lengths = (10, 20, 30, 25, 12)  # of a data set whose episodes all ended by themselves
+    assert largest(*[([1] * n, False) for n in lengths], discount=0.99, all_whole=True) == (
+        pytest.approx(100), pytest.approx(19.4)
+    )  # fmt: skip
+
+
+def test_an_episode_that_terminated_needs_no_final_observation(tmp_path):
+    """Whoever writes data without it: the next episode is not part of this one."""
+    records = np.zeros(40, brc.record_type(2, 1))
+    records["reward"], records["valid"] = 1, True
+    records["terminated"][[9, 19, 29, 38]] = True
+    assert brc.returns_of(records, 0.5, False) == (pytest.approx(2, abs=2e-3), 39 / 4)
 
 
 def test_returns_of_random_data_against_a_loop(tmp_path):
@@ -171,6 +185,7 @@ def test_returns_of_random_data_against_a_loop(tmp_path):
             best = max(best, abs(value), abs(reward))
         if episode["terminated"] or len(rewards) == longest:
             totals.append(rewards.sum())
+    assert len(rewards) < longest, "the last may have been going on"
     found = brc.returns_of(np.load(write(tmp_path, "gym/A", episodes)), discount, False)
     assert found == pytest.approx((best, np.mean(totals)))
 
@@ -287,6 +302,7 @@ def test_user_errors(tmp_path, monkeypatch, capfd):
         (["--dataset", data, "--env-ids", "dmc/walker-wlak"], "dmc/walker-wlak"),
         (["--dataset", data, "--env-ids", POINTS[1]], "has no data of"),
         (["--dataset", tmp_path / "nowhere"], "--env-ids"),
+        (["--dataset", data, data, "--env-ids", *POINTS], "one folder"),
         (
             ["--dataset", tmp_path / "nowhere", "--env-ids", POINTS[0]],
             f"--dataset {tmp_path}/nowhere: no folder with .npy",
@@ -535,10 +551,22 @@ def test_resume_with_data_of_other_tasks_says_so(mixed_data, tmp_path):
         train("--resume", tmp_path / "run", "--dataset", tmp_path / "other", "--total-updates", 9)
 
 
+def test_joined_takes_tuples_inside_dicts_part_by_part():
+    """Also where there are as many parts as times."""
+    unit = gym.spaces.Box(-1, 1, (1,))
+    space = gym.spaces.Dict({"b": gym.spaces.Tuple((unit, gym.spaces.Discrete(3))), "a": unit})
+    for times in (1, 2, 5):
+        first, second, third = np.arange(times) / 10, np.arange(times) % 3, -np.arange(times) / 10
+        recorded = {"b": (first[:, None], second), "a": third[:, None]}
+        expected = np.column_stack([third, first, np.eye(3)[second]])  # a Dict space sorts its keys
+        np.testing.assert_allclose(brc.joined(recorded, space), expected)
+
+
 def test_minari_round_trip(tmp_path, monkeypatch):
     """Made with Minari from real Pendulum steps, read by the script: the same transitions, actions in [-1, 1]."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     import minari
+    from minari.serialization import serialize_space
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -565,6 +593,29 @@ def test_minari_round_trip(tmp_path, monkeypatch):
     unique = np.unique(found.round(5), axis=0)
     np.testing.assert_allclose(unique, np.unique(expected.round(5), axis=0), atol=2e-5)
     assert not batch.terminated.any()
+    with pytest.raises(brc.UserError, match="leave --dataset out"):  # or it would say that it learned from the other
+        train("--resume", tmp_path / "run", "--dataset", "pendulum/other-v0", "--total-updates", 30)
+
+    def refused(words: str) -> None:
+        with pytest.raises(brc.UserError, match=words):
+            brc.convert_minari("pendulum/random-v0", "gym/Pendulum-v1", tmp_path / "converted" / "pendulum.npy")
+        assert not list((tmp_path / "converted").glob("*")), "what was begun is left"
+
+    (tmp_path / "converted").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(brc.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        refused("No space left on device")
+    path = tmp_path / "minari/pendulum/random-v0/data/metadata.json"
+    metadata = json.loads(path.read_text())
+    box = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    path.write_text(json.dumps({**metadata, "action_space": serialize_space(box)}))
+    refused("no bounded Box")
+    spec = json.loads(metadata["env_spec"]) | {"id": "Any-v0", "entry_point": "os:mkdir", "max_episode_steps": None}
+    spec["kwargs"] = {"path": str(tmp_path / "executed")}
+    del metadata["action_space"]
+    path.write_text(json.dumps({**metadata, "env_spec": json.dumps(spec)}))
+    refused("lacks the spaces")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_convert_tdmpc2(tmp_path):
