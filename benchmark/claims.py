@@ -2,12 +2,13 @@
 
   python benchmark/claims.py runs/laptop               # Markdown
 
-The number of a run is its mean score over tasks and over the evaluations in its last third; a seed of single-task
-agents is all their runs. A claim is seen if Welch's 95% interval of the difference lies above zero, contradicted if
-below. With fewer finished seeds than planned the verdict says so.
+The number of a run is its mean score over tasks and over the evaluations in its last third, where a row does not say
+another; a seed of single-task agents is all their runs. A claim is seen if Welch's 95% interval of the difference lies
+above zero, contradicted if below. With fewer finished seeds than planned the verdict says so.
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,38 +41,48 @@ def chosen(figure: str, label: str, panel: str | None = None, x: int | None = No
     return runs
 
 
-def per_seed(runs: list[Run], root: Path, number: Callable[[Run, Path], float]) -> list[float]:
-    """The mean of a number over the runs of each seed, of the seeds whose runs are all finished."""
+def per_seed(runs: list[Run], root: Path, number: Callable[[Run, Path], float]) -> dict[int, float]:
+    """Seed: the mean of a number over its runs, of the seeds whose runs all have one."""
     values = {}
     for run in runs:
         values.setdefault(run.seed, []).append(number(run, root / run.name))
-    return [float(np.mean(found)) for _, found in sorted(values.items()) if np.isfinite(found).all()]
+    return {seed: float(np.mean(found)) for seed, found in sorted(values.items()) if np.isfinite(found).all()}
 
 
-def score_between(first: float, last: float, tasks: tuple[str, ...] = ()) -> Callable[[Run, Path], float]:
+def difference(more: dict[int, float], less: dict[int, float]) -> dict[int, float]:
+    """By seed, of those that both have."""
+    return {seed: more[seed] - less[seed] for seed in more if seed in less}
+
+
+def mean_score(first: float, last: float, tasks: tuple[str, ...] = ()) -> Callable[[Run, Path], float]:
     """Mean score over (the given) tasks and the evaluations between two shares of the run; NaN of an unfinished one."""
 
     def number(run: Run, directory: Path) -> float:
-        table, _ = scores.read_evaluations(directory)
-        if not len(table) or table["step"].max() < run.length:
+        evaluations, _ = scores.read_evaluations(directory)
+        if not len(evaluations) or evaluations["step"].max() < run.length:
             return np.nan
         wanted = [task for task in tasks or tasks_of(run, LAPTOP) if scores.has_score(task)]
-        share = table["step"] / run.length
-        rows = table[(share >= first - 1e-9) & (share <= last + 1e-9) & table["task"].isin(wanted)]
-        return float(rows["score"].mean())
+        share = evaluations["step"] / run.length
+        chosen_rows = (share >= first - 1e-9) & (share <= last + 1e-9) & evaluations["task"].isin(wanted)
+        return float(evaluations[chosen_rows]["score"].mean())
 
     return number
 
 
 def statistic(compute: Callable[[dict], float]) -> Callable[[Run, Path], float]:
-    """What compute makes of the last statistics/<step>.npz; NaN where there is none."""
+    """What compute makes of the last statistics/<step>.npz; NaN where there is none (of a run that diverged), or none
+    that can be read (yet)."""
 
     def number(run: Run, directory: Path) -> float:
         path = directory / "statistics" / f"{run.length}.npz"
-        if not path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return float(compute(arrays))
+        except FileNotFoundError:
             return np.nan
-        with np.load(path, allow_pickle=False) as arrays:
-            return float(compute(arrays))
+        except Exception as error:  # numpy and zipfile raise many kinds for a damaged or half-written file
+            print(f"warning: {path}: {error}", file=sys.stderr)
+            return np.nan
 
     return number
 
@@ -83,7 +94,8 @@ def spread(name: str) -> Callable[[Run, Path], float]:
 
 def conflicts(arrays: dict) -> float:
     """Share of task pairs whose critic gradients have a negative cosine (Figure 5, right)."""
-    return float((arrays["gradient_cosine"][np.triu_indices(len(arrays["task"]), 1)] < 0).mean())
+    cosines = arrays["gradient_cosine"][np.triu_indices(len(arrays["task"]), 1)]
+    return float((cosines < 0).mean()) if np.isfinite(cosines).all() else np.nan
 
 
 def verdict(low: float, high: float, seeds: int) -> str:
@@ -91,99 +103,125 @@ def verdict(low: float, high: float, seeds: int) -> str:
     return word if seeds == LAPTOP.seeds else f"{word} ({seeds} of {LAPTOP.seeds} seeds)"
 
 
-def row(figure: int, claim: str, more: list[float], less: list[float]) -> list[str]:
+def cell(values: dict[int, float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values.values()) or "-"
+
+
+def missing(seeds: int) -> str:
+    """The verdict on fewer than two seeds."""
+    return "1 seed" if seeds else "not run"
+
+
+def claim_row(figure: int, claim: str, more: dict[int, float], less: dict[int, float]) -> list[str]:
     """A claim that the first numbers are higher than the second ones."""
-    seeds = min(len(more), len(less))
-    cells = [" ".join(f"{value:.2f}" for value in values) or "-" for values in (more, less)]
+    seeds, cells = min(len(more), len(less)), [cell(more), cell(less)]
     if seeds < 2:
-        return [str(figure), claim, *cells, "", "not run"]
+        return [str(figure), claim, *cells, "", missing(seeds)]
+    more, less = list(more.values()), list(less.values())
     bounds = ttest_ind(more, less, equal_var=False).confidence_interval()
-    difference = f"{np.mean(more) - np.mean(less):+.3f} ({bounds.low:+.3f} to {bounds.high:+.3f})"
-    return [str(figure), claim, *cells, difference, verdict(bounds.low, bounds.high, seeds)]
+    text = f"{np.mean(more) - np.mean(less):+.3f} ({bounds.low:+.3f} to {bounds.high:+.3f})"
+    return [str(figure), claim, *cells, text, verdict(bounds.low, bounds.high, seeds)]
+
+
+def positive_row(figure: int, claim: str, found: dict[int, float]) -> list[str]:
+    """A claim that numbers are above zero, by Student's t interval."""
+    if len(found) < 2:
+        return [str(figure), claim, cell(found), "0", "", missing(len(found))]
+    values = list(found.values())
+    bounds = ttest_1samp(values, 0).confidence_interval()
+    text = f"{np.mean(values):+.3f} ({bounds.low:+.3f} to {bounds.high:+.3f})"
+    return [str(figure), claim, cell(found), "0", text, verdict(bounds.low, bounds.high, len(values))]
 
 
 def shapley_rows(root: Path) -> list[list[str]]:
-    """Figure 6: exact Shapley values of each seed, against zero."""
+    """Figure 6: exact Shapley values of each seed."""
     players, by_set = ["SQ", "CE", "TE"], {}
     for size in range(len(players) + 1):
         for group in itertools.combinations(players, size):
             runs = chosen("figure6", " + ".join(group) or "none")
-            by_set[frozenset(group)] = per_seed(runs, root, score_between(2 / 3, 1))
-    seeds = min(map(len, by_set.values()))
-    values = [scores.shapley_values({group: v[seed] for group, v in by_set.items()}, players) for seed in range(seeds)]
+            by_set[frozenset(group)] = per_seed(runs, root, mean_score(2 / 3, 1))
+    seeds = set.intersection(*(set(found) for found in by_set.values()))
+    values = {seed: scores.shapley_values({group: found[seed] for group, found in by_set.items()}, players)
+              for seed in sorted(seeds)}  # fmt: skip
     rows = []
     for player, name in zip(players, ("width", "cross-entropy with normalization", "embeddings"), strict=True):
-        found, claim = [value[player] for value in values], f"{name} ({player}) adds: its Shapley value is above 0"
-        if seeds < 2:
-            rows.append(["6", claim, "-", "", "", "not run"])
-            continue
-        bounds = ttest_1samp(found, 0).confidence_interval()
-        difference = f"{np.mean(found):+.3f} ({bounds.low:+.3f} to {bounds.high:+.3f})"
-        rows.append(["6", claim, " ".join(f"{value:.2f}" for value in found), "", difference,
-                     verdict(bounds.low, bounds.high, seeds)])  # fmt: skip
-    return rows
+        claim = f"{name} ({player}) adds: its Shapley value is above 0"
+        rows.append(positive_row(6, claim, {seed: value[player] for seed, value in values.items()}))
+    lead = {seed: value["SQ"] - max(value["CE"], value["TE"]) for seed, value in values.items()}
+    return [*rows, positive_row(6, "width adds most: SQ less the larger of CE and TE", lead)]
 
 
-def table(root: Path) -> list[list[str]]:
+def claims_table(root: Path) -> list[list[str]]:
     """Figure, claim, numbers of both sides by seed, difference with its 95% interval, verdict."""
 
-    def score(*key, tasks=(), between=(2 / 3, 1), **options) -> list[float]:
-        return per_seed(chosen(*key, **options), root, score_between(*between, tasks))
+    def score(*key, tasks=(), between=(2 / 3, 1), **options) -> dict[int, float]:
+        return per_seed(chosen(*key, **options), root, mean_score(*between, tasks))
 
     brc, brc_multi, sac = score("figure1", "BRC"), score("figure1", "BRC*"), score("figure1", "SAC")
     sac_multi = score("figure1", "MH-SAC*")
     rows = [
-        row(1, "multi-task BRC beats single-task BRC", brc_multi, brc),
-        row(1, "naive multi-task SAC loses against single-task SAC", sac, sac_multi),
-        row(1, "BRC beats SAC, one task each", brc, sac),
-        row(1, "BRC beats multi-head SAC, all tasks", brc_multi, sac_multi),
+        claim_row(1, "multi-task BRC beats single-task BRC", brc_multi, brc),
+        claim_row(1, "naive multi-task SAC loses against single-task SAC", sac, sac_multi),
+        claim_row(1, "BRC beats SAC, one task each", brc, sac),
+        claim_row(1, "BRC beats multi-head SAC, all tasks", brc_multi, sac_multi),
     ]
+    mse = {"MSE": "MSE without normalization", "MSE + normalization": "MSE with normalization"}
     for panel, where in (("multi-task", "six tasks"), ("multi-task, mixed rewards", "mixed rewards")):
         entropy = score("figure3", "CE + normalization", panel=panel)
-        for label in ("MSE + normalization", "MSE"):
-            rows.append(row(3, f"{where}: cross-entropy beats {label}", entropy, score("figure3", label, panel=panel)))
-        for name in ("td_loss", "gradient_norm"):
-            sides = [per_seed(chosen("figure3", label, panel=panel), root, spread(name))
-                     for label in ("MSE", "CE + normalization")]  # fmt: skip
-            rows.append(row(3, f"{where}: sigma / mu of {name} is larger with MSE", *sides))
+        for label, name in mse.items():
+            other = score("figure3", label, panel=panel)
+            rows.append(claim_row(3, f"{where}: cross-entropy with normalization beats {name}", entropy, other))
+        for quantity, what in (("td_loss", "the TD loss"), ("gradient_norm", "the gradient's norm")):
+            even = per_seed(chosen("figure3", "CE + normalization", panel=panel), root, spread(quantity))
+            for label, name in mse.items():
+                uneven = per_seed(chosen("figure3", label, panel=panel), root, spread(quantity))
+                rows.append(claim_row(3, f"{where}: sigma / mu of {what} is larger by {name}", uneven, even))
     for panel in ("single-task", "multi-task"):
         at = {width: score("figure4", "BroNet (CE)", panel=panel, x=width) for width in LAPTOP.widths}
-        rows.append(row(4, f"{panel}: BroNet (CE) gains by width", at[WIDE], at[NARROW]))
-    names = [name for name in ARCHITECTURES if name != "BroNet (CE)"]
-    others = {name: score("figure4", name, panel="multi-task", x=WIDE) for name in names}
-    best = max(others, key=lambda name: np.mean(others[name] or [-np.inf]))
-    rows.append(row(4, f"multi-task: BroNet (CE) beats the best of the others ({best})", at[WIDE], others[best]))
+        rows.append(claim_row(4, f"{panel}: BroNet (CE) gains by width", at[WIDE], at[NARROW]))
+    for name in ARCHITECTURES:
+        if name != "BroNet (CE)":
+            other = score("figure4", name, panel="multi-task", x=WIDE)
+            rows.append(claim_row(4, f"multi-task: BroNet (CE) beats {name}", at[WIDE], other))
     for width in LAPTOP.widths:
         sides = [score("figure5", label, x=width) for label in ("task embeddings", "separate heads")]
-        rows.append(row(5, f"embeddings beat heads at width {width}", *sides))
+        rows.append(claim_row(5, f"embeddings beat heads at width {width}", *sides))
     for label in ("task embeddings", "separate heads"):
         sides = [per_seed(chosen("figure5", label, x=width), root, statistic(conflicts)) for width in (NARROW, WIDE)]
-        rows.append(row(5, f"{label}: the narrow critic has more conflicting gradients", *sides))
+        rows.append(claim_row(5, f"{label}: the narrow critic has more conflicting gradients", *sides))
     rows += shapley_rows(root)
-    sides = score("figure9", "BRC*", between=(1, 1)), score("figure9", "BRC", between=(1 / 6, 1 / 6))
-    rows.append(row(9, "at equal gradient steps multi-task BRC beats single-task BRC", *sides))
-    shared = LAPTOP.suites["hb-medium-3"].tasks
+    # after 12,500 steps of all six tasks at once, or 2,500 of each alone
+    sides = score("figure9", "BRC*", between=(5 / 6, 5 / 6)), score("figure9", "BRC", between=(1 / 6, 1 / 6))
+    rows.append(claim_row(9, "at 24,000 gradient steps in all, multi-task BRC beats single-task BRC", *sides))
+    shared, gains = LAPTOP.suites["hb-medium-3"].tasks, {}
     for width in LAPTOP.widths:
-        sides = [score("figure10", f"{n} tasks", panel="pretraining", x=width, tasks=shared) for n in (9, 3)]
-        rows.append(row(10, f"nine tasks help the three shared ones, width {width}", *sides))
+        nine, three = (score("figure10", f"{n} tasks", panel="pretraining", x=width, tasks=shared) for n in (9, 3))
+        rows.append(claim_row(10, f"nine tasks help the three shared ones, width {width}", nine, three))
+        gains[width] = difference(nine, three)
+    rows.append(claim_row(10, "they help more at the larger width", gains[WIDE], gains[NARROW]))
     moved = {(n, width): score("figure10", f"{n} tasks", panel="transfer", x=width)
              for n in (3, 6) for width in LAPTOP.widths}  # fmt: skip
-    rows.append(row(10, "transfer gains by pretraining on six tasks, not three", moved[6, WIDE], moved[3, WIDE]))
-    rows.append(row(10, "transfer from six tasks gains by width", moved[6, WIDE], moved[6, NARROW]))
-    online = score("figure12", "BRC* (online)", x=WIDE)
-    rows.append(row(12, "online beats offline, mixed rewards", online, score("figure12", "BRC+BC* (offline)", x=WIDE)))
-    return rows
+    rows.append(claim_row(10, "transfer gains by pretraining on six tasks, not three", moved[6, WIDE], moved[3, WIDE]))
+    rows.append(claim_row(10, "transfer from six tasks gains by width", moved[6, WIDE], moved[6, NARROW]))
+    online, offline = score("figure12", "BRC* (online)", x=WIDE), score("figure12", "BRC+BC* (offline)", x=WIDE)
+    return [*rows, claim_row(12, "online beats offline, mixed rewards", online, offline)]
 
 
 def main(args: Args) -> int:
     if not args.runs.is_dir():
         print(f"error: {args.runs} is no directory; launch.py writes to its --run-root", file=sys.stderr)
         return 2
-    header = ["figure", "claim", "higher, by seed", "lower, by seed", "difference, 95% interval", "verdict"]
-    for cells in (header, ["---"] * len(header), *table(args.runs)):
+    header = ["figure", "claim", "claimed higher, by seed", "claimed lower", "difference, 95% interval", "verdict"]
+    for cells in (header, ["---"] * len(header), *claims_table(args.runs)):
         print("| " + " | ".join(cells) + " |")
+    sys.stdout.flush()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+    except BrokenPipeError:  # its reader went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

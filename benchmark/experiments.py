@@ -172,14 +172,14 @@ LAPTOP = Scale(
     name="laptop", suites={name: laptop_suite(name, tasks) for name, tasks in LAPTOP_TASKS.items()},
     benchmarks={"MetaWorld": ("hb-medium",)}, transfers={"MetaWorld": ("hb-medium-pretrain", "hb-medium-transfer")},
     widths=(32, 128), width=128, narrow=32, sac_width=128,
-    seeds=5, transfer_seeds=5, offline_seeds=5, offline_updates=LAPTOP_STEPS,
+    seeds=5, transfer_seeds=5, offline_seeds=5, offline_updates=2 * LAPTOP_STEPS,  # as many as online, two a step
     data_transfer_steps=LAPTOP_STEPS, mixed="mw-dmc", single_task_ablations=False,
     flags={
         SAC: words("--actor-width", 64, "--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
                    "--eval-every", 2500, *LAPTOP_RATES),
         DRQ: words("--batch-size", 32, "--encoder-channels", 8, 16, 16, "--critic-width", 128, "--eval-every", 1000,
                    "--eval-episodes", 2, "--learning-starts", 500),
-        OFFLINE: words("--actor-width", 64, "--batch-size", 128, "--initial-temperature", 0.01, "--eval-every", 2500,
+        OFFLINE: words("--actor-width", 64, "--batch-size", 128, "--initial-temperature", 0.01, "--eval-every", 5000,
                        *LAPTOP_RATES),
         TRANSFER: words("--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
                         "--eval-every", 2500, *LAPTOP_RATES),

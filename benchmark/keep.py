@@ -1,8 +1,12 @@
 """Copies what is worth keeping of finished runs: args.json, eval.csv, tables of embedding transfer, last statistics.
+Names the others.
 
 python benchmark/keep.py runs/laptop-* --out benchmark/results/laptop/runs
 """
 
+import csv
+import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -22,6 +26,19 @@ class Args:
     """directory that gets one small directory per run"""
 
 
+def finished(run: Path) -> bool:
+    """Whether a run reached its end, or diverged before."""
+    try:
+        args = json.loads((run / "args.json").read_text())
+        if "diverged_at" in args or (run / "embedding.csv").exists():
+            return True
+        with (run / "eval.csv").open() as file:
+            last = int([row["step"] for row in csv.DictReader(file)][-1])
+        return last >= args["total_updates" if "total_updates" in args else "total_timesteps"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return False
+
+
 def keep(run: Path, out: Path) -> None:
     directory = out / run.name
     files = [run / name for name in TABLES if (run / name).exists()]
@@ -33,18 +50,27 @@ def keep(run: Path, out: Path) -> None:
 
 
 def main(args: Args) -> int:
-    if missing := [run for run in args.runs if not (run / "args.json").exists()]:
-        print(f"error: {missing[0]} is no run directory: it has no args.json", file=sys.stderr)
+    if missing := [run for run in args.runs if not run.is_dir()]:
+        print(f"error: {missing[0]} is no run directory", file=sys.stderr)
         return 2
+    whole = [run for run in args.runs if finished(run)]
     try:
-        for run in args.runs:
+        for run in whole:
             keep(run, args.out)
     except OSError as error:
-        print(f"error: cannot write {error.filename}: {error.strerror}; choose another --out", file=sys.stderr)
+        where, why = error.filename or args.out, error.strerror or error
+        print(f"error: cannot write {where}: {why}; choose another --out", file=sys.stderr)
         return 2
-    print(f"kept {len(args.runs)} runs in {args.out}")
+    print(f"kept {len(whole)} runs in {args.out}", flush=True)
+    if others := [run.name for run in args.runs if run not in whole]:
+        print(f"not finished, left out: {', '.join(others)}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+    except BrokenPipeError:  # its reader went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

@@ -20,15 +20,17 @@ before the time limit) it writes a checkpoint, is requeued, and continues; Slurm
 that read another run's directory start after it.
 """
 
+import contextlib
 import csv
 import fcntl
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,6 +94,8 @@ class Job:
     """the repository"""
     after: list["Job"]
     """runs that must be finished first"""
+    read: bool = False
+    """whether others read its directory, and so need what it writes after its last evaluation"""
 
     process = None
     terminated = False
@@ -112,11 +116,26 @@ class Job:
             return all((directory / name).exists() for name in wanted)
         if self.length == 0:
             return (directory / "args.json").exists()
+        with contextlib.suppress(OSError, ValueError):
+            if "diverged_at" in json.loads((directory / "args.json").read_text()):
+                return True  # it would diverge again
         try:
             with (directory / "eval.csv").open() as file:
-                return int([row["step"] for row in csv.DictReader(file)][-1]) >= self.length
+                ended = int([row["step"] for row in csv.DictReader(file)][-1]) >= self.length
         except (OSError, ValueError, IndexError, KeyError, TypeError):
             return False
+        wanted = [directory / "checkpoints" / str(self.length)] * self.read
+        wanted += [directory / "replay"] * (self.read and "--save-replay" in self.command)
+        return ended and all(path.exists() for path in wanted)
+
+    def runs_elsewhere(self) -> bool:
+        """Whether another launcher runs it now."""
+        with contextlib.suppress(FileNotFoundError), Path(self.root, self.directory, ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def start(self) -> None:
         """Starts or continues the run; its output is appended to RUN_DIR/log.txt. BlockingIOError: it runs already."""
@@ -179,7 +198,7 @@ class Job:
         self.stop()
         while self.process and self.process.poll() is None:  # Slurm kills what takes longer than signal_delay_s
             time.sleep(0.5)
-        return DelayedSubmission(Job(self.name, self.command, self.length, self.directory, self.root, self.after))
+        return DelayedSubmission(replace(self))
 
 
 # --------------------------------------------------------------------------------------------------------- estimate
@@ -242,11 +261,12 @@ def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
     started_at = time.time()
     while running or (waiting and not stopping):
         while waiting and len(running) < at_a_time and not stopping:
-            unfinished = [job.name for job in running]  # a run that another one reads may still be running
-            ready = [job for job in waiting if not any(other.name in unfinished for other in job.after)]
-            if not ready:
+            # a run that another one reads may still be running, here or in another launcher
+            sources = lambda job: any(other in running or other.runs_elsewhere() for other in job.after)  # noqa: E731
+            job = next((job for job in waiting if not sources(job)), None)
+            if job is None:
                 break
-            waiting.remove(job := ready[0])
+            waiting.remove(job)
             try:
                 if job.state() == "finished":  # by another launcher, since this one began
                     outcomes[job.name] = "finished"
@@ -329,6 +349,8 @@ def main(args: Args) -> int:
     jobs = {}
     for run in runs:
         after = [jobs[name] for name in run.after if name in jobs]
+        for source in after:
+            source.read = True
         command = run.command(args.run_root, args.data)
         jobs[run.name] = Job(run.name, command, run.length, f"{args.run_root}/{run.name}", str(ROOT), after)
     open_runs = [run for run in runs if jobs[run.name].state() != "finished"]

@@ -16,6 +16,7 @@ Of run directories, those that trained on the same tasks with the same arguments
 """
 
 import json
+import os
 import sys
 import textwrap
 from collections import defaultdict
@@ -171,8 +172,9 @@ def with_published(data: Data, table: pd.DataFrame, panels: list[str] | None = N
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
-def new_figure(rows: int, columns: int, width: float = 4.0, height: float = 3.4):
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+def new_figure(rows: int, columns: int, width: float = 4.0, height: float = 3.4, sharey: bool = False):
+    size = width * columns, height * rows
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharey=sharey)
 
 
 def error_bars(table: pd.DataFrame, name: str = "mean") -> np.ndarray:
@@ -180,8 +182,10 @@ def error_bars(table: pd.DataFrame, name: str = "mean") -> np.ndarray:
     return np.nan_to_num(np.stack([table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]])).clip(0)
 
 
-def draw_bars(axis, table: pd.DataFrame, title: str = "", ylabel: str = "score") -> None:
-    places, colors = np.arange(len(table)), [f"C{i % 10}" for i in range(len(table))]
+def draw_bars(axis, table: pd.DataFrame, title: str = "", ylabel: str = "score", labels: list[str] = ()) -> None:
+    """A bar a row. labels: all of the figure's, where one has to have the same color in every panel."""
+    labels = list(labels) or list(table["label"])
+    places, colors = np.arange(len(table)), [f"C{labels.index(label) % 10}" for label in table["label"]]
     bounds = error_bars(table)
     axis.bar(places, table["mean"], yerr=bounds, color=colors, capsize=3, width=0.7)
     for place, value, above in zip(places, table["mean"], bounds[1], strict=True):
@@ -270,27 +274,28 @@ def stability(data: Data):
     panels = [panel for panel in data.panels() if panel in set(table["panel"])]
     figure, axes = new_figure(1, len(logged) + max(len(panels), 1))
     for axis, panel in zip(axes.flat, logged, strict=False):
-        for index, label in enumerate(data.labels(panel)):
+        for index, label in enumerate(data.labels()):
             values = [found.get((panel, label, name), [np.nan]) for name in ("td_loss", "gradient_norm", "entropy")]
             axis.bar(np.arange(3) + 0.25 * index, [np.mean(v) for v in values], 0.25, label=label)
             for place, seeds in enumerate(values):
                 axis.plot([place + 0.25 * index] * len(seeds), seeds, "k.", markersize=3)
         axis.set_xticks(np.arange(3) + 0.25, ["TD loss", "gradient norm", "entropy"])
-        axis.set_title(f"{panel}: sigma / mu over tasks (dots: seeds)", fontsize=10)
+        axis.set_title(textwrap.fill(f"{panel}: sigma / mu over tasks (dots: seeds)", 36), fontsize=10)
         axis.legend(fontsize=7)
     for axis, panel in zip(axes.flat[len(logged) :], panels, strict=False):
-        draw_bars(axis, table[table["panel"] == panel], panel)
+        draw_bars(axis, table[table["panel"] == panel], panel, labels=data.labels())
     spread = [{"panel": panel, "label": f"{label}: sigma/mu of {name}", "seeds": len(seeds), "mean": np.mean(seeds)}
               for (panel, label, name), seeds in found.items()]  # fmt: skip
     return figure, pd.concat([table, pd.DataFrame(spread)], ignore_index=True)
 
 
-def draw_scaling(axis, table: pd.DataFrame, title: str, ylabel: str = "final score") -> None:
-    """Lines over parameters; `table` has label, parameters, mean and bounds."""
-    for index, (label, rows) in enumerate(table.groupby("label", sort=False)):
+def draw_scaling(axis, table: pd.DataFrame, title: str, ylabel: str = "final score", labels: list[str] = ()) -> None:
+    """Lines over parameters; `table` has label, parameters, mean and bounds. labels: as of draw_bars."""
+    labels = list(labels) or list(table["label"].unique())
+    for label, rows in table.groupby("label", sort=False):
         rows = rows.sort_values("x")
-        axis.errorbar(rows["parameters"], rows["mean"], error_bars(rows), label=label, color=f"C{index}", marker="o",
-                      capsize=3)  # fmt: skip
+        axis.errorbar(rows["parameters"], rows["mean"], error_bars(rows), label=label, marker="o", capsize=3,
+                      color=f"C{labels.index(label)}")  # fmt: skip
     axis.set_xscale("log")
     axis.set_xticks(table.groupby("x")["parameters"].mean(), minor=False)  # one for every width
     axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
@@ -299,20 +304,21 @@ def draw_scaling(axis, table: pd.DataFrame, title: str, ylabel: str = "final sco
     axis.set_ylabel(ylabel)
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if len(table):
+        axis.legend(fontsize=7)
 
 
 def scaling(data: Data):
     """Figure 4: final score over model size."""
     table = with_published(data, summarize(data, data.final))
     panels = [panel for panel in data.panels() if panel in set(table["panel"])]
-    figure, axes = new_figure(1, max(len(panels), 1), 4.6)
+    figure, axes = new_figure(1, max(len(panels), 1), 4.6, sharey=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
         shown = table[table["panel"] == panel]
         for row in shown[shown["x"].isna()].itertuples():
             axis.axhline(row.mean, linestyle="--", color="gray", linewidth=1)
             axis.annotate(row.label, (0.02, row.mean), xycoords=("axes fraction", "data"), fontsize=6, va="bottom")
-        draw_scaling(axis, shown[shown["x"].notna()], panel)
+        draw_scaling(axis, shown[shown["x"].notna()], panel, labels=data.labels())
     return figure, table
 
 
@@ -358,7 +364,7 @@ def shapley(data: Data):
         return np.array(list(scores.shapley_values(dict(zip(matrices, means, strict=True)), players).values()))
 
     point, low, high = scores.interval(stacked, values, data.reps)
-    share = point / point.sum() if point.sum() > 0 else np.full(len(players), np.nan)
+    share = point / point.sum() if (point >= 0).all() and point.any() else np.full(len(players), np.nan)
     rows = pd.DataFrame({"panel": "Shapley value", "label": players, "tasks": tasks, "seeds": seeds, "mean": point,
                          "mean_low": low, "mean_high": high, "share": share})  # fmt: skip
     labels = [p if np.isnan(s) else f"{p} ({s:.0%})" for p, s in zip(players, share, strict=True)]
@@ -472,10 +478,10 @@ def task_scaling(data: Data):
     table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     sizes = table.groupby("x")["parameters"].transform("mean")  # of a transfer run: those of its width
     table["parameters"] = table["parameters"].fillna(sizes)
-    figure, axes = new_figure(1, 2, 4.6)
+    figure, axes = new_figure(1, 2, 4.6, sharey=True)
     for axis, panel, title in zip(axes.flat, ("pretraining", "transfer"), (f"{len(shared)} shared tasks", "transfer"),
                                   strict=True):  # fmt: skip
-        draw_scaling(axis, table[table["panel"] == panel], title)
+        draw_scaling(axis, table[table["panel"] == panel], title, labels=data.labels())
     return figure, table
 
 
@@ -809,6 +815,9 @@ def fail(message: str) -> int:
 def main(args: Args) -> int:
     try:
         return plot(args)
+    except BrokenPipeError:  # the reader of its output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # of writing: what reading meets is told where it is read
         return fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
 

@@ -2,7 +2,7 @@
 
   git clone https://github.com/naumix/BiggerRegularizedCategorical released && git -C released checkout eec512f
   pip install --no-deps distrax==0.1.9 tfp-nightly==0.26.0.dev20261027 chex==0.1.92 toolz decorator six gast
-  python benchmark/released_code.py released --env-ids metaworld/reach dmc/walker-walk --critic-width 128 --seed 1
+  python benchmark/released_code.py released --variant released-code --env-ids metaworld/reach --critic-width 128
 
 The first argument is a copy of the released code, the others are those of brc_sac_continuous.py. Agent, replay and
 reward normalization are the released ones, called as its train.py calls them; environments, evaluation and the run
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import brc_sac_continuous as sac  # noqa: E402
 
 FIXED = {  # what the released code has no argument for
-    "variant": "paper", "critic_arch": "bronet", "critic_depth": 2, "actor_depth": 1, "critic_loss": "ce",
+    **sac.RELEASED_CODE, "critic_arch": "bronet", "critic_depth": 2, "actor_depth": 1, "critic_loss": "ce",
     "normalize_returns": True, "task_conditioning": "embedding", "weight_decay": 1e-4, "v_min": -10.0, "v_max": 10.0,
     "num_atoms": 101, "num_critics": 2, "dtype": "float32", "resume": None, "play": None, "save_replay": False,
     "capture_video": False, "log_task_statistics": False,
@@ -33,7 +33,8 @@ def train(code: Path, args: sac.Args) -> None:
     """One run of the released learner. Raises UserError for arguments that it does not know, ImportError without it."""
     for name, value in FIXED.items():
         if getattr(args, name) != value:
-            raise sac.UserError(f"the released code knows no other {name} than {value}")
+            flag = f"--{name.replace('_', '-')}"
+            raise sac.UserError(f"the released code knows no other {flag} than {value}")
     sys.path.insert(0, str(code.resolve()))
     from jaxrl.agent.brc_learner import BRC, _sample_actions, build_actor_input
     from jaxrl.normalizer import RewardNormalizer

@@ -190,19 +190,47 @@ def test_launcher_runs_stops_resumes_skips_and_reports(monkeypatch, tmp_path, en
 
 
 def test_two_launchers_share_a_run_root(tmp_path):
-    """What another launcher has finished or is running is not started again."""
-    runs = [tiny("gym/gym_tasks:Truncates20-v0", 60, tag) for tag in ("done", "running")]
-    jobs = [launch.Job(run.name, ["no-such-script.py"], run.length, str(tmp_path / run.name), str(tmp_path), [])
-            for run in runs]  # fmt: skip
-    done, running = (tmp_path / run.name for run in runs)
+    """What another launcher has finished or is running is not started again, and what needs that waits for it."""
+    names = ("done", "running", "needy")
+    jobs = [launch.Job(name, ["no-such-script.py"], 60, name, str(tmp_path), []) for name in names]
+    done, running, needy = (tmp_path / name for name in names)
+    jobs[2].after.append(jobs[1])
+    end = ",".join(scores.EVAL_COLUMNS) + "\n60,0,1,x,1,1,,1\n"
     done.mkdir()
-    (done / "eval.csv").write_text(",".join(scores.EVAL_COLUMNS) + "\n60,0,1,x,1,1,,1\n")
+    (done / "eval.csv").write_text(end)
     running.mkdir()
-    with (running / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        outcomes = launch.run_local(jobs, 2)
-    assert outcomes == {runs[0].name: "finished", runs[1].name: "skipped: another launcher runs it"}
+    lock, waited = (running / ".lock").open("w"), []
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def end_elsewhere():
+        waited.append(not needy.exists())
+        (running / "eval.csv").write_text(end)
+        lock.close()
+
+    thread = threading.Timer(1, end_elsewhere)
+    thread.start()
+    outcomes = launch.run_local(jobs, 2)
+    thread.join()
+    assert waited == [True] and outcomes.pop("needy").startswith("failed (exit status 2): ")
+    assert outcomes == {"done": "finished", "running": "skipped: another launcher runs it"}
     assert not (done / "log.txt").exists() and not (running / "log.txt").exists()
+
+
+def test_a_run_that_others_read_is_finished_when_it_has_written_all(tmp_path):
+    """Its last checkpoint and its replay come after its last evaluation. One that diverged is not begun again."""
+    job = launch.Job("run", ["x.py", "--save-replay"], 60, "run", str(tmp_path), [])
+    (tmp_path / "run" / "checkpoints" / "40").mkdir(parents=True)
+    (tmp_path / "run" / "eval.csv").write_text(",".join(scores.EVAL_COLUMNS) + "\n60,0,1,x,1,1,,1\n")
+    assert job.state() == "finished"
+    job.read = True
+    assert job.state() == "stopped"
+    (tmp_path / "run" / "checkpoints" / "60").mkdir()
+    assert job.state() == "stopped"
+    (tmp_path / "run" / "replay").mkdir()
+    assert job.state() == "finished"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "args.json").write_text('{"diverged_at": 40}')
+    assert launch.Job("other", ["x.py"], 60, "other", str(tmp_path), []).state() == "finished"
 
 
 def test_launcher_refuses_bad_input(capsys):
@@ -388,7 +416,8 @@ def write_run(root: Path, run: Run, value, part: float = 1.0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     env_info = {"num_tasks": len(tasks), "task_names": list(tasks), "observation_dim": 39, "action_dim": 4}
     saved = {"script": run.script.removesuffix(".py"), "critic_width": int(run.flag("--critic-width", "128")),
-             "critic_depth": 2, "seed": run.seed, "env_info": env_info}  # fmt: skip
+             "critic_depth": 2, "seed": run.seed, "env_info": env_info,
+             "total_updates" if run.script == experiments.OFFLINE else "total_timesteps": run.length}  # fmt: skip
     (directory / "args.json").write_text(json.dumps(saved))
 
     def write(name, header, rows):
@@ -539,7 +568,7 @@ def test_claims(finished, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(claims, "LAPTOP", LAPTOP)
     assert claims.main(claims.Args(finished)) == 0
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 2 + 28 and all(len(row) == 6 for row in rows)
+    assert len(rows) == 2 + 36 and all(len(row) == 6 for row in rows)
     assert all(row[5] in ("seen", "not seen", "contradicted") for row in rows[2:])
     steps = (10_000, 12_500, 15_000)
 
@@ -553,15 +582,17 @@ def test_claims(finished, monkeypatch, capsys, tmp_path):
 
     assert rows[2][2:4] == [by_seed("figure1", "BRC*"), by_seed("figure1", "BRC")]
     mixed = {"panel": "multi-task, mixed rewards"}
-    assert rows[10][2:4] == [by_seed("figure3", label, **mixed) for label in ("CE + normalization",
-                                                                             "MSE + normalization")]  # fmt: skip
+    assert rows[12][2:4] == [by_seed("figure3", label, **mixed) for label in ("CE + normalization", "MSE")]
     conflicts = next(row for row in rows if row[1].startswith("task embeddings: "))
     assert conflicts[2:4] == ["1.00 0.00", "1.00 0.00"] and conflicts[5] == "not seen"
-    assert claims.row(1, "", [0.8, 0.9], [0.1, 0.2])[4:] == ["+0.700 (+0.396 to +1.004)", "seen"]  # t(2) = 4.303
-    assert claims.row(1, "", [0.1, 0.2], [0.8, 0.9])[5] == "contradicted"
+    high, low = {1: 0.8, 2: 0.9}, {1: 0.1, 2: 0.2}
+    assert claims.claim_row(1, "", high, low)[4:] == ["+0.700 (+0.396 to +1.004)", "seen"]  # t(2) = 4.303
+    assert claims.claim_row(1, "", low, high)[5] == "contradicted"
+    assert claims.positive_row(6, "", high)[4] == "+0.850 (+0.215 to +1.485)"  # t(1) = 12.706
+    assert claims.claim_row(1, "", high, {1: 0.1})[2:] == ["0.80 0.90", "0.10", "", "1 seed"]
     monkeypatch.setattr(claims, "LAPTOP", replace(LAPTOP, seeds=5))
-    assert claims.row(1, "", [0.8, 0.9], [0.1, 0.2])[5] == "seen (2 of 5 seeds)"
-    assert claims.main(claims.Args(tmp_path)) == 0 and capsys.readouterr().out.count("| not run |") == 28
+    assert claims.claim_row(1, "", high, low)[5] == "seen (2 of 5 seeds)"
+    assert claims.main(claims.Args(tmp_path)) == 0 and capsys.readouterr().out.count("| not run |") == 36
     assert claims.main(claims.Args(tmp_path / "none")) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
@@ -853,8 +884,12 @@ def test_keep_copies_what_plots_need(tmp_path, capsys):
         assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == names
     assert draw("figure7", runs=tmp_path / "kept", out=tmp_path / "plots") == 0
     capsys.readouterr()
-    assert keep.main(keep.Args((tmp_path,), tmp_path / "kept")) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path} is no run directory: it has no args.json\n"
+    assert keep.main(keep.Args((tmp_path / "none",), tmp_path / "kept")) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'} is no run directory\n"
+    (tmp_path / "begun").mkdir()
+    assert keep.main(keep.Args((tmp_path / "begun",), tmp_path / "other")) == 0
+    output = capsys.readouterr()
+    assert output.err == "not finished, left out: begun\n" and output.out.startswith("kept 0 runs")
 
 
 # --------------------------------------------------------------------------------------------------------- speed
@@ -890,10 +925,14 @@ def test_speed_of_a_call(monkeypatch):
     assert next(durations, None) is None
 
 
+RELEASED = ("--variant", "released-code")
+
+
 @pytest.mark.parametrize(("code", "arguments", "words"), [
     ("no", (), ("no is no copy of the released code",)),
-    ("released", ("--critic-loss", "mse"), ("knows no other critic_loss than ce",)),
-    ("released", (), ("No module named 'jaxrl.agent'",)),
+    ("released", ("--critic-loss", "mse", *RELEASED), ("knows no other --critic-loss than ce",)),
+    ("released", (), ("knows no other --variant than released-code",)),
+    ("released", RELEASED, ("No module named 'jaxrl.agent'",)),
 ])  # fmt: skip
 def test_released_code_refuses_in_one_line(code, arguments, words, monkeypatch, tmp_path, capsys):
     """What it does with the real one is measured in results/laptop: no registry has it."""
