@@ -113,7 +113,8 @@ class Args:
     the pretrained run's."""
 
     pretrained: str | None = None
-    """run directory of a multi-task run of brc_sac_continuous.py; scratch takes its network sizes only"""
+    """run directory of a multi-task run of brc_sac_continuous.py; scratch takes its arguments and sizes, none of its
+    weights or data"""
     protocol: Literal["model", "embedding", "data", "scratch"] = "model"
     """what of the pretrained run is used: its weights, its embeddings with everything frozen, its data, or nothing"""
     env_ids: tuple[str, ...] = ()
@@ -160,7 +161,7 @@ class Args:
 
     embedding_init: Literal["mean", "best", "random"] = "mean"
     """model: the new embedding is the mean of the pretrained ones (the paper does not say), a random one of them, or
-    the best, which costs the first --adaptation-transitions steps"""
+    the best, which costs the first --adaptation-transitions steps, evaluations due meanwhile, and the one at 0"""
     load_optimizer: bool = False
     """model: continue with the pretrained optimizers' moments, too"""
     adaptation_transitions: PositiveInt = 300
@@ -202,9 +203,9 @@ class Args:
     target_entropy: Annotated[float | None, "(-inf, inf)"] = None
     """the policy entropy that the temperature aims at (default: -|A|/2 with the task's own |A|, as in the released code
     and BRO; Table 3 prints |A|/2)"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
     """number format of the products inside the critic's blocks, where nearly all arithmetic is; everything else, its
-    first and last layer too, is float32"""
+    first and last layer too, is float32 (default: the pretrained run's)"""
 
 
 RELEASED_CODE: dict = {}  # the pretrained run decides what the paper's variant is
@@ -218,6 +219,7 @@ USED_BY = {  # argument: the protocols that use it, if not all do
     **dict.fromkeys(("prior_learner", "prior_fraction"), ("data",)),
     **dict.fromkeys(("embedding_lr", "embedding_updates", "heatmap"), ("embedding",)),
     "adaptation_transitions": ("embedding", "model"),
+    "discount": ("model", "data", "scratch"),  # TD(e) is of the critic that was trained with another
     **dict.fromkeys(
         ("total_timesteps", "learning_starts", "eval_every", "checkpoint_every", "keep_checkpoints", "track",
          "batch_size", "utd", "buffer_size", "polyak_tau", "actor_lr", "critic_lr", "temperature_lr", "weight_decay",
@@ -251,6 +253,8 @@ def check_together(args: Args, tasks: list[str]) -> None:
     choosing = args.adaptation_transitions if args.protocol == "model" and args.embedding_init == "best" else 0
     if 0 < args.total_timesteps < choosing:
         raise UserError(f"--total-timesteps {args.total_timesteps}: fewer than --adaptation-transitions {choosing}")
+    if args.buffer_size < 2 * choosing:  # resets take slots, too
+        raise UserError(f"--buffer-size {args.buffer_size}: at least twice --adaptation-transitions {choosing}")
     if args.learning_starts < choosing:
         raise UserError(
             f"--learning-starts {args.learning_starts}: --embedding-init best takes --adaptation-transitions "
@@ -837,7 +841,7 @@ def merged_settings(args: Args, saved: dict) -> SimpleNamespace:
     """Arguments of make_agent: of this run's those that have a value, else the pretrained run's. So its networks, atoms
     and variant of the paper stay, and learning is this run's. The pretrained target entropy was for other tasks."""
     given = {name: value for name, value in asdict(args).items() if value is not None}
-    return SimpleNamespace(**{**saved, **given, "target_entropy": args.target_entropy})
+    return SimpleNamespace(**{"dtype": "float32", **saved, **given, "target_entropy": args.target_entropy})
 
 
 def read_arguments(args: Args) -> dict:
@@ -882,13 +886,19 @@ def load_pretrained(args: Args, saved: dict) -> Pretrained:
     except UserError as error:
         raise UserError(f"--pretrained {directory}: none of its checkpoints can be used ({error})") from error
     if run_dir := args.play or args.resume:
-        before = json.loads((Path(run_dir) / "args.json").read_text()).get("pretrained_step")
-        if before != counters["step"]:
-            print(f"warning: {directory} has gone on from step {before} to {counters['step']}", file=sys.stderr)
+        before = json.loads((Path(run_dir) / "args.json").read_text())
+        if before.get("pretrained_tasks", info.task_names) != info.task_names:
+            raise UserError(f"--pretrained {directory}: not the run from which {run_dir} started; it has other tasks")
+        if args.protocol in ("embedding", "data") and before["pretrained_step"] != counters["step"]:
+            gone_on = f"{directory} has gone on from step {before['pretrained_step']} to {counters['step']}"
+            if args.resume and args.protocol == "embedding":
+                raise UserError(f"{gone_on}: its agent is no longer the one that {run_dir} tries; start a new run")
+            print(f"warning: {gone_on}", file=sys.stderr)
     embeddings = np.asarray(agent.embed(state.critic, np.arange(num_tasks)))
-    return Pretrained(
-        directory, counters["step"], info, settings, state, embeddings, np.float32(counters["max_return"]), replay
-    )
+    # with a larger gamma returns grow by so much at most, if rewards are steady
+    longer = max(1, (1 - saved["discount"]) / (1 - settings.discount))
+    max_return = np.float32(counters["max_return"]) * np.float32(longer)
+    return Pretrained(directory, counters["step"], info, settings, state, embeddings, max_return, replay)
 
 
 def target_envs(
@@ -996,9 +1006,9 @@ def tuning_step(agent: Agent, learning_rate: float, state: AgentState, optimizer
     return with_embedding(state, optax.apply_updates(table, step)), optimizer_state, value
 
 
-def tuned_embedding(args: Args, agent: Agent, state: AgentState, max_return: np.ndarray, batch: Batch):
-    """The embedding with the lowest TD(e) on the way of gradient descent from that of `state`; everything else in
-    `state` stays as it is. Returns the state with it, and TD(e) before and after."""
+def tuned_embedding(args: Args, agent: Agent, state: AgentState, max_return: np.ndarray, batch: Batch, stop: list):
+    """The embedding with the lowest TD(e) on the way of gradient descent from that of `state`, cut when `stop` fills;
+    everything else in `state` stays as it is. Returns the state with it, and TD(e) before and after."""
     optimizer_state, history = optax.adam(args.embedding_lr).init(state.critic["embedding"]), []
     best = state
     for _ in range(args.embedding_updates + 1):
@@ -1007,10 +1017,14 @@ def tuned_embedding(args: Args, agent: Agent, state: AgentState, max_return: np.
         history.append(float(td))
         if history[-1] == min(history):
             best = tried
+        if stop:
+            break
     return best, history[0], min(history)
 
 
-def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, replay: Replay, run: "Run") -> list[int]:
+def explore_embeddings(
+    args: Args, agent: Agent, pretrained: Pretrained, envs, replay: Replay, run: "Run", normalizer: ReturnNormalizer
+) -> list[int]:
     """Collects --adaptation-transitions of the new task in segments, each acted by another pretrained embedding.
 
     Where the budget is too small for all embeddings, the next to act is the one with the lowest TD(e) on what there is.
@@ -1039,11 +1053,16 @@ def explore_embeddings(args: Args, agent: Agent, pretrained: Pretrained, envs, r
         state, _ = states[index]
         observations, step, successes[index] = envs.reset(), start, 0.0
         replay.start(observations)
+        normalizer.episodes[0] = []
         while step < end:
             actions = np.asarray(agent.act(state.actor, state.critic, key, step, observations, task_ids))
             envs.send(actions)
-            observations, rewards, terminated, _, valid, success = envs.recv()
+            observations, rewards, terminated, truncated, valid, success = envs.recv()
             replay.insert(actions, rewards, terminated, valid, observations)
+            bootstrap = None
+            if pretrained.settings.truncation_bootstrap == "critic" and truncated.any():
+                bootstrap = np.asarray(agent.value(state, observations, normalizer.max_return))
+            normalizer.update(rewards, terminated, truncated, valid, bootstrap)
             if valid[0]:
                 step += 1
                 successes[index] = np.fmax(successes[index], success[0])  # NaN where the task reports none
@@ -1104,14 +1123,13 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
     if args.total_timesteps == 0:
         return envs.close()
     if args.protocol == "model" and not saved:
-        embedding = starting_embedding(args, agent, pretrained, envs, replay, rng, run)
+        embedding = starting_embedding(args, agent, pretrained, envs, replay, rng, run, normalizer)
         state = start_from_pretrained(args, pretrained, state, embedding)
-        # with --embedding-init best there are rewards, else the first steps of the pretrained policy bring them
-        normalizer.max_return[0] = np.abs(all_transitions(replay)[0].rewards).max(initial=0)
     eval_envs = target_envs(args, tasks[0], pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
     task_ids, act_key, metrics = jnp.zeros(1, jnp.int32), jax.random.PRNGKey(args.seed + 1), {}
     observations, batches, rng_state = envs.reset(), None, rng.bit_generator.state
     replay.start(observations)
+    normalizer.episodes[0] = []
 
     def draw() -> Batch:
         num_prior = prior_rows(args, rng, prior_size, replay.size)
@@ -1162,13 +1180,16 @@ def learn(args: Args, pretrained: Pretrained, tasks: list[str], run: "Run", info
     eval_envs.close()
 
 
-def starting_embedding(args: Args, agent: Agent, pretrained: Pretrained, envs, replay, rng, run: "Run") -> np.ndarray:
-    """--embedding-init of model transfer. `best` spends steps of the run, whose transitions stay in `replay`."""
+def starting_embedding(
+    args: Args, agent: Agent, pretrained: Pretrained, envs, replay, rng, run: "Run", normalizer: ReturnNormalizer
+) -> np.ndarray:
+    """--embedding-init of model transfer. `best` spends steps of the run, whose transitions stay in `replay` and whose
+    returns in `normalizer`."""
     if args.embedding_init == "mean":
         return pretrained.embeddings.mean(0)
     if args.embedding_init == "random":
         return pretrained.embeddings[rng.integers(len(pretrained.embeddings))]
-    best = explore_embeddings(args, agent, pretrained, envs, replay, run)[0]
+    best = explore_embeddings(args, agent, pretrained, envs, replay, run, normalizer)[0]
     tqdm.write(f"best embedding after {run.step} transitions: {pretrained.info.task_names[best]}")
     return pretrained.embeddings[best]
 
@@ -1214,9 +1235,14 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         for (method, source), state in states.items():
             act = partial(agent.act_deterministic, state.actor, state.critic)
             key = method if method in ("tuned", "mean") else source
-            while not (rows := evaluated.get(key) or evaluate(act, eval_envs, args.eval_episodes, run.stop)):
+            for _ in range(Worker.max_failures):
+                if rows := evaluated.get(key) or evaluate(act, eval_envs, args.eval_episodes, run.stop):
+                    break
                 if run.stop:  # else an environment failed: once more, from the start
                     return tqdm.write(f"stopped; continue with --resume {run.directory}")
+            else:
+                cut = f"{Worker.max_failures} evaluations of {task}, each cut by an environment that failed"
+                raise WorkerFailure(cut)
             evaluated[key] = rows
             about = {"target": task, "method": method, "embedding": source}
             about["transitions"] = transitions if method in ("selected", "tuned") else 0
@@ -1230,7 +1256,8 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
             run.scalars({f"eval/{which}/{task}": about["return"]}, transitions)
         if args.heatmap and not args.play:
             rows = [row for row in tables["heatmap.csv"] if row["target"] == task]
-            best = max(rows, key=lambda row: (row["success"] or 0, row["return"]))
+            measure = "success" if rows[0]["score"] == "" else "score"
+            best = max(rows, key=lambda row: (row[measure] or 0, row["return"]))
             tables["embedding.csv"].append({**best, "method": "oracle"})
         envs.close()
         eval_envs.close()
@@ -1256,8 +1283,10 @@ def infer_embeddings(
     """(method, where its embedding comes from): the frozen agent with that embedding."""
     names, states, transitions = pretrained.info.task_names, candidates(pretrained), args.adaptation_transitions
     replay = Replay(1, 2 * transitions + 100, envs.observation_dim, envs.action_dim)
-    selected = explore_embeddings(args, agent, pretrained, envs, replay, run)[0]
-    tuned, before, after = tuned_embedding(args, agent, *states[selected], all_transitions(replay)[0])
+    normalizer = ReturnNormalizer(1, args.discount)  # of the new task; TD(e_j) takes each e_j's own
+    selected = explore_embeddings(args, agent, pretrained, envs, replay, run, normalizer)[0]
+    batch, _ = all_transitions(replay)
+    tuned, before, after = tuned_embedding(args, agent, *states[selected], batch, run.stop)
     task, random = envs.tasks[0], int(rng.integers(len(names)))
     tqdm.write(f"{task}: {transitions} transitions; selected {names[selected]}, TD {before:.4f}; tuned to {after:.4f}")
     for method, td in (("selected", before), ("tuned", after)):

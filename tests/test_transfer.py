@@ -189,6 +189,30 @@ def test_best_embedding_counts_its_transitions(counters, tmp_path, capsys):
     assert [row["step"] for row in curve(run_dir)] == ["30", "40"]
 
 
+def test_exploring_embeddings_normalizes_by_whole_returns(counters):
+    """Not by the largest reward alone: SMALLER pays t + 10 e at step t of episode e, each of 20 steps."""
+    args = brc.parse_args(["--pretrained", str(counters), "--protocol", "embedding", "--env-ids", SMALLER])
+    pretrained, normalizer = load(args), brc.ReturnNormalizer(1, 0.99)
+    envs = brc.target_envs(args, SMALLER, pretrained.info, 1, 0, brc.EnvWorkers(1))
+    replay, run = brc.Replay(1, 400, 6, 2), SimpleNamespace(advance=lambda updates: None)
+    brc.explore_embeddings(args, agent_of(pretrained, 1), pretrained, envs, replay, run, normalizer)
+    envs.close()
+    slots = replay.slots[0, : replay.inserted]
+    assert normalizer.max_return[0] > 5 * slots["reward"].max()
+
+
+def test_gbar_grows_with_the_horizon(counters):
+    """Of old tasks, whose returns are not computed again."""
+    same, longer, shorter = (loaded(counters, protocol="data", discount=g).max_return for g in (0.99, 0.999, 0.9))
+    np.testing.assert_allclose(longer, 10 * same, rtol=1e-5)
+    np.testing.assert_array_equal(shorter, same)
+
+
+def test_number_format_is_the_pretrained_runs(counters, tmp_path):
+    copy = edited(counters, tmp_path, dtype="bfloat16")
+    assert loaded(copy).settings.dtype == "bfloat16" and loaded(copy, dtype="float32").settings.dtype == "float32"
+
+
 def test_scratch_is_the_online_script(counters, tmp_path):
     """The same seed and sizes: the same network, without embedding, as a single-task run of brc_sac_continuous.py."""
     pretrained = loaded(counters)
@@ -340,14 +364,14 @@ def adapted(run_dir: Path, *arguments):
         agent = agent_of(pretrained, envs.action_dims[0])
         replay = brc.Replay(1, 2 * args.adaptation_transitions + 100, 6, 2)
         run = SimpleNamespace(advance=counted.append)
-        order = brc.explore_embeddings(args, agent, pretrained, envs, replay, run)
+        order = brc.explore_embeddings(args, agent, pretrained, envs, replay, run, brc.ReturnNormalizer(1, 0.99))
     finally:
         envs.close()
     assert counted == [0] * args.adaptation_transitions, "a step of the run is a transition"
     state, max_return = brc.candidates(pretrained)[order[0]]
     batch, count = brc.all_transitions(replay)
     assert count == args.adaptation_transitions
-    tuned, *td = brc.tuned_embedding(args, agent, state, max_return, batch)
+    tuned, *td = brc.tuned_embedding(args, agent, state, max_return, batch, [])
     return before, pretrained.state, state, tuned, batch, td
 
 
@@ -473,7 +497,8 @@ def test_selection_ranks_success_then_td(counters, rewards, successes):
     spy = lambda actor, critic, *rest: acted.append(table(critic)) or agent.act(actor, critic, *rest)  # noqa: E731
     replay, run = brc.Replay(1, 150, 6, 2), SimpleNamespace(advance=lambda updates: None)
     envs = Segments(np.float32(rewards), np.float32(successes))
-    order = brc.explore_embeddings(args, agent._replace(act=spy), pretrained, envs, replay, run)
+    normalizer = brc.ReturnNormalizer(1, 0.99)
+    order = brc.explore_embeddings(args, agent._replace(act=spy), pretrained, envs, replay, run, normalizer)
     tables = [tuple(e.round(5)) for e in more]
     who_acted = list(dict.fromkeys(tables.index(table) for table in acted))
     assert len(who_acted) == 2
@@ -601,6 +626,13 @@ def test_embedding_resumes_with_the_next_task(counters, tmp_path):
     assert len(rows_of(run_dir / "embedding.csv")) == 4
     brc.main(brc.parse_args(["--resume", str(run_dir)]))
     assert (run_dir / "embedding.csv").read_text() == whole
+    saved = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps({**saved, "pretrained_step": 30}))
+    with pytest.raises(brc.UserError, match="has gone on from step 30 to 60: its agent is no longer"):
+        brc.main(brc.parse_args(["--resume", str(run_dir)]))
+    other = edited(counters, tmp_path, task_names=COUNTERS[::-1])
+    with pytest.raises(brc.UserError, match="not the run from which"):
+        brc.main(brc.parse_args(["--resume", str(run_dir), "--pretrained", str(other)]))
 
 
 # ----------------------------------------------------------------------------------------------------------- play
