@@ -1896,6 +1896,8 @@ def check_ranges(args: Args) -> Args:
         for interval in getattr(hint, "__metadata__", ()) if value is not None else ():
             low, high = map(float, interval[1:-1].split(","))
             for number in (value or (math.nan,)) if isinstance(value, tuple) else (value,):  # no tuple may be empty
+                if not isinstance(number, int | float):  # of an args.json that was edited
+                    raise UserError(f"--{name.replace('_', '-')} {value!r}: must be a number")
                 inside = low <= number <= high and not (number == low and interval[0] == "(")
                 if not inside or (number == high and interval[-1] == ")"):
                     raise UserError(f"--{name.replace('_', '-')} {value}: must be in {interval}")
@@ -1907,9 +1909,12 @@ def file_name(task: str) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that a crash or a full disk leaves the old one."""
+    """Writes a file so that a crash, also of the machine, or a full disk leaves the old one."""
     partial_path = path.with_name(f".partial-{path.name}")
-    partial_path.write_text(text, newline="")
+    with partial_path.open("w", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial_path.replace(path)
 
 
@@ -1924,7 +1929,7 @@ class Run:
     """A run directory, owned by one process: curves, progress, signals, checkpoints, resume. Use it in a `with`.
 
     step, updates: vector steps (offline: batches) and gradient steps done so far. stop: filled by the first Ctrl-C or
-    SIGTERM, upon which the run writes a checkpoint and ends; a second signal ends the process at once.
+    SIGTERM, upon which the run writes a checkpoint and ends; a second one ends the process at once.
 
     With --play it is the end of a run of which only one evaluation is left: nothing is owned, logged or written but
     videos, and the run may still be going on in another process.
@@ -1937,6 +1942,7 @@ class Run:
         self.step, self.updates, self.last_evaluation, self.rows = 0, 0, -1, []
         self.seconds, self.tensorboard, self.bar, self.wandb = 0.0, None, None, None
         self.curve, self.cut, self.save_at, self.warned = [], 0, math.inf, set()  # save_at: on the monotonic clock
+        self.asked: dict[int, float] = {}  # signal: when it came first
         name = args.run_name or f"{file_name(name)}__{experiment or args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             jax.devices()
@@ -1947,7 +1953,10 @@ class Run:
         if args.play:
             self.directory = Path(args.play)
             return
-        if not args.resume and any((self.directory / part).exists() for part in ("checkpoints", "embedding.csv")):
+        if re.search(r"\[.*\]", path := str(self.directory.absolute())) or (os.sep == "/" and "\\" in path):
+            raise UserError(f"{path}: Orbax cannot save below a name with [ ] or \\ in it; choose another or rename it")
+        parts = [*(self.directory / "checkpoints").glob("[!.]*"), *self.directory.glob("embedding.csv")]
+        if not args.resume and parts:
             go_on = f"continue it with --resume {self.directory}, or choose another --run-name"
             raise UserError(f"{self.directory} holds a run: {go_on}")
         for step in checkpoint_steps(self.directory)[:1] if args.resume else ():
@@ -1986,7 +1995,8 @@ class Run:
                 self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-        if isinstance(error, FloatingPointError) and self.bar is not None:  # for those who compare runs: see scores.py
+        started = self.bar is not None and not self.args.play
+        if isinstance(error, FloatingPointError) and started:  # for those who compare runs: see scores.py
             text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
             with contextlib.suppress(OSError):
                 replace_file(self.directory / "args.json", text)
@@ -2049,7 +2059,7 @@ class Run:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
             signum = getattr(signal, name, None)
             if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup's
-                signal.signal(signum, lambda s, frame: (self.stop.append(s), signal.signal(s, signal.SIG_DFL)))
+                signal.signal(signum, self.ask_to_stop)
         self.curve = [row for row in read_curve(self.directory / "eval.csv") if row["step"] <= self.last_evaluation]
         self.write_curve()
         if self.args.track:
@@ -2068,6 +2078,16 @@ class Run:
         self.bar = tqdm(total=self.total, initial=self.step, unit=self.unit, mininterval=quiet)
         self.started, self.logged = time.monotonic() - self.seconds, (time.monotonic(), self.step)
         self.saved = self.step, self.last_evaluation
+
+    def ask_to_stop(self, signum: int, frame) -> None:
+        """A second Ctrl-C ends the process. Other signals come twice for one event, as from `timeout` or a terminal
+        that is closed: only a later one does."""
+        since = time.monotonic() - self.asked.setdefault(signum, time.monotonic())
+        self.stop.append(signum)
+        if signum == signal.SIGINT or since > 2:
+            signal.signal(signum, signal.SIG_DFL)
+        if since > 2:
+            os.kill(os.getpid(), signum)
 
     def open_events(self) -> None:
         """TensorBoard's file, written without the usual thread, in which a full disk would go unnoticed and block."""
@@ -2183,6 +2203,7 @@ class Run:
             "step": self.step, "updates": self.updates, "last_evaluation": self.last_evaluation,
             "wall_time": time.monotonic() - self.started,
         }  # fmt: skip
+        self.write_curve()  # with rows that a full disk refused, as no resumed run makes them again
         try:
             save_checkpoint(self.directory, self.step, state, replay, counters, self.args.keep_checkpoints)
         except Exception as error:  # Orbax reports a full disk in exceptions of its own
@@ -2224,9 +2245,12 @@ def read_curve(path: Path) -> list[dict]:
         return []
     text, rows = path.read_text(encoding="utf-8-sig", errors="replace"), []
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    found = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    try:
+        found = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    except csv.Error:  # such as a quotation mark that is never closed
+        found = [{}]
     for row in found:
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
             numbers = {name: row[name].strip().replace(",", ".") for name in EVAL_COLUMNS if name != "task"}
             for name, number in numbers.items():
                 if name in ("step", "updates", "episodes"):
@@ -2305,9 +2329,17 @@ def save_checkpoint(run_dir: Path, step: int, state, replay, counters: dict, kee
             files[name] = checksum(file)
     contents = {**counters, "files": files}
     contents["crc32"] = zlib.crc32(json.dumps(contents).encode())
-    (partial_path / "checkpoint.json").write_text(json.dumps(contents))
-    shutil.rmtree(path, ignore_errors=True)
-    partial_path.rename(path)
+    replace_file(partial_path / "checkpoint.json", json.dumps(contents))
+    before = root / f".partial-{step}-before"  # of the same step: in place until the new one can be
+    if path.exists():
+        path.rename(before)
+    try:
+        partial_path.rename(path)
+    except OSError:
+        if before.exists():
+            before.rename(path)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
     for old in checkpoint_steps(run_dir)[keep:]:
         with contextlib.suppress(OSError):  # one that a reader holds open (NFS): the next checkpoint tries again
             (root / str(old)).rename(root / f".partial-{old}")
@@ -2325,6 +2357,8 @@ def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict
         try:
             known = read_counters(previous)["files"]
         except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
+            known = {}
+        if not all((previous / name).is_file() for name in known if name.startswith("replay/")):
             known = {}
         for name in sorted(name for name in known if name.startswith("replay/")):
             end = int(Path(name).stem.split("-")[1])
@@ -2356,12 +2390,14 @@ def read_counters(path: Path) -> dict:
 def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple[Any, dict]:
     """Newest undamaged checkpoint: learner state like `state`, and counters; fills `replay`. Executes no file. Unless
     read_only, damaged ones get another name."""
-    damaged_paths = []
-    for step in checkpoint_steps(run_dir):
+    damaged_paths, steps = [], checkpoint_steps(run_dir)
+    for step in steps:
         path = run_dir / "checkpoints" / str(step)
         try:
             counters = read_counters(path)
-            damaged = [name for name, crc in counters["files"].items() if checksum(path / name) != crc]
+            pieces = [name for name in sorted(counters["files"]) if name.startswith("replay/") and replay is not None]
+            wanted = [*pieces, *(name for name in counters["files"] if not name.startswith("replay/"))]
+            damaged = [name for name in wanted if checksum(path / name) != counters["files"][name]]
             if damaged:
                 raise ValueError(f"{damaged[0]} does not match its checksum")
             with ocp.StandardCheckpointer() as checkpointer:
@@ -2370,7 +2406,7 @@ def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple
                 except ValueError as error:  # Orbax's, which prints both trees; the files are as they were written
                     another = "is whole, but of other arguments or of another version of this script"
                     raise UserError(f"checkpoint {path} {another}; start a new run") from error
-            for piece in sorted((path / "replay").iterdir()) if replay is not None else ():
+            for piece in (path / name for name in pieces):
                 ring, inserted = replay.slots.shape[1], counters["replay_inserted"]
                 first, last = map(int, piece.stem.split("-"))
                 saved = np.load(piece, mmap_mode="r", allow_pickle=False)[:, max(0, inserted - ring + 1 - first) :]
@@ -2383,17 +2419,26 @@ def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple
                     damaged_path.rename(damaged_path.with_name(f"damaged-{damaged_path.name}-{time.time_ns()}"))
             return state, counters
         except (OSError, ValueError, KeyError, TypeError) as error:
+            gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+            if isinstance(error, OSError) and not (gone or read_only):  # it may be read again in a minute
+                reason = error.strerror or error
+                raise UserError(f"cannot read checkpoint {path}: {reason}; try again, or move it away") from error
             print(f"warning: checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
             damaged_paths.append(path)
+    if read_only and set(checkpoint_steps(run_dir)) - set(steps):  # written since, and those removed
+        return load_checkpoint(run_dir, state, replay, read_only)
     asked, way_out = ("play", "wait for one") if read_only else ("resume", "start a new run")
     raise UserError(f"--{asked} {run_dir}: no undamaged checkpoint in {run_dir / 'checkpoints'}; {way_out}")
 
 
 class Output:
-    """A standard stream whose reader may go away: from then on it leads nowhere. Output is never worth a run."""
+    """A standard stream whose reader may go away: from then on it leads nowhere. Output is never worth a run, nor is a
+    letter that the terminal lacks."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None where it was closed, as by `>&-`
+        if isinstance(self.stream, io.TextIOWrapper):
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -378,3 +378,133 @@ def test_finite_checkpoints_only(tmp_path):
         run.start()
         with pytest.raises(FloatingPointError):
             run.save(State(jnp.array(np.nan)[None]))
+
+
+# ------------------------------------------------------------------------- signals, odd names, damage and odd files
+
+
+def filled(run: brc.Run, replay: brc.Replay, step: int) -> None:
+    """A checkpoint with a piece of replay of ten steps."""
+    if not replay.inserted:
+        replay.start(np.zeros((1, 2)))
+    for _ in range(10):
+        replay.insert(np.zeros((1, 1)), np.ones(1), np.zeros(1), np.ones(1), np.full((1, 2), step))
+    run.step = run.last_evaluation = step
+    run.save(State(), replay)
+
+
+@pytest.mark.parametrize(("name", "apart", "ends"), [("SIGTERM", 0.0, False), ("SIGTERM", 3.0, True),
+                                                     ("SIGINT", 0.0, True)])  # fmt: skip
+def test_one_event_told_twice_is_one(tmp_path, monkeypatch, name, apart, ends):
+    """A closed terminal and GNU timeout send a signal twice; a person's second one ends the process."""
+    signum, now, killed = getattr(signal, name), [100.0], []
+    monkeypatch.setattr(brc.time, "monotonic", lambda: now[0])
+    with new_run(tmp_path) as run:
+        run.start()
+        os.kill(os.getpid(), signum)
+        time.sleep(0.01)
+        if signal.getsignal(signum) == signal.SIG_DFL:  # the next one would end pytest
+            killed.append(signum)
+        else:
+            now[0] += apart
+            monkeypatch.setattr(brc.os, "kill", lambda pid, signum: killed.append(signum))
+            run.ask_to_stop(signum, None)
+        assert run.stop[0] == signum and killed == [signum] * ends
+
+
+def test_a_second_save_of_a_step_keeps_the_first_until_it_is_whole(tmp_path, monkeypatch):
+    with new_run(tmp_path) as run:
+        run.start()
+        run.step = 10
+        run.save(State())
+        run.last_evaluation, rename = 10, Path.rename
+
+        def fails(path, target):
+            if target.name == "10" and path.name == ".partial-10":
+                raise OSError(errno.ENOTEMPTY, "Directory not empty")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fails)
+        run.save(State(jnp.zeros(100_000)))
+        assert brc.checkpoint_steps(run.directory) == [10]
+        state, counters = brc.load_checkpoint(run.directory, State())
+        assert float(state.weights[-1]) == 99_999 and counters["last_evaluation"] == -1
+        monkeypatch.undo()
+        run.save(State(jnp.zeros(100_000)))
+        state, counters = brc.load_checkpoint(run.directory, State())
+        assert float(state.weights[-1]) == 0 and counters["last_evaluation"] == 10
+
+
+def test_replay_with_strange_missing_and_damaged_files(tmp_path):
+    replay = brc.Replay(1, 100, 2, 1)
+    with new_run(tmp_path) as run:
+        run.start()
+        filled(run, replay, 10)
+        (run.directory / "checkpoints/10/replay/.DS_Store").touch()
+        again = brc.Replay(1, 100, 2, 1)
+        assert brc.load_checkpoint(run.directory, State(), again)[1]["step"] == 10 and again.inserted == 10
+        (piece,) = (run.directory / "checkpoints/10/replay").glob("0*")
+        piece.unlink()  # as a cluster's purge of old files
+        filled(run, replay, 20)
+        again = brc.Replay(1, 100, 2, 1)
+        assert brc.load_checkpoint(run.directory, State(), again)[1]["step"] == 20
+        np.testing.assert_array_equal(again.slots["observation"][0, :21], replay.slots["observation"][0, :21])
+        (piece,) = (run.directory / "checkpoints/20/replay").glob("0*")
+        piece.write_bytes(piece.read_bytes()[:-1] + b"\xff")
+        assert brc.load_checkpoint(run.directory, State(), read_only=True)[1]["step"] == 20, "--play needs no replay"
+
+
+def test_a_read_error_is_no_damage(tmp_path, monkeypatch):
+    """A network file system that is away for a moment: the newest checkpoint must not be passed over for good."""
+    with new_run(tmp_path) as run:
+        run.start()
+        for step in (10, 20):
+            run.step = step
+            run.save(State())
+    with monkeypatch.context() as patch:
+        patch.setattr(brc, "checksum", lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")))
+        with pytest.raises(brc.UserError, match="cannot read checkpoint .*20: Stale file handle; try again"):
+            brc.load_checkpoint(run.directory, State())
+    assert brc.checkpoint_steps(run.directory) == [20, 10]
+
+
+def test_rows_that_a_full_disk_refused_come_with_the_checkpoint(tmp_path, monkeypatch):
+    with new_run(tmp_path) as run:
+        run.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(brc, "replace_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            evaluate_at(run, 100)
+        assert curve(run) == []
+        run.save(State())
+        assert curve(run) == [("100", "100.0")]
+
+
+def test_a_name_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
+    with pytest.raises(brc.UserError, match="choose another"):
+        new_run(tmp_path, run_name="lr[1e-3]")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_killed_in_its_first_checkpoint_begins_again(tmp_path):
+    (tmp_path / "r" / "checkpoints" / ".partial-100").mkdir(parents=True)
+    with new_run(tmp_path, run_name="r") as run:
+        run.start()
+        run.step = 10
+        run.save(State())
+    assert brc.checkpoint_steps(tmp_path / "r") == [10]
+
+
+@pytest.mark.parametrize("line", ['10,20,1.0,"dmc/walker-walk' + "x" * 140_000, "1e999,20,1.0,a,1,1,,1"])
+def test_a_curve_that_is_no_table(line, tmp_path, capsys):
+    path = tmp_path / "eval.csv"
+    path.write_text(",".join(brc.EVAL_COLUMNS) + f"\n{line}\n")
+    assert brc.read_curve(path) == [] and "was changed" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("eval-as-found-*"))) == 1
+
+
+def test_streams_that_are_closed_or_lack_a_letter(tmp_path):
+    print("lost", file=brc.Output(None), flush=True)
+    path = tmp_path / "log"
+    with path.open("w", encoding="ascii") as stream:
+        print("é", file=brc.Output(stream), flush=True)
+    assert path.read_text() == "\\xe9\n"
