@@ -349,10 +349,10 @@ def main(args: Args) -> int:
     jobs = {}
     for run in runs:
         after = [jobs[name] for name in run.after if name in jobs]
-        for source in after:
-            source.read = True
         command = run.command(args.run_root, args.data)
-        jobs[run.name] = Job(run.name, command, run.length, f"{args.run_root}/{run.name}", str(ROOT), after)
+        job = jobs[run.name] = Job(run.name, command, run.length, f"{args.run_root}/{run.name}", str(ROOT), after)
+        for source in after:
+            source.read |= job.state() != "finished"
     open_runs = [run for run in runs if jobs[run.name].state() != "finished"]
     for name in args.experiments:
         note = EXPERIMENTS[name].note
