@@ -8,7 +8,6 @@ above zero, contradicted if below. With fewer finished seeds than planned the ve
 """
 
 import itertools
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import scores
 import tyro
 from experiments import ARCHITECTURES, EXPERIMENTS, SCALES, Run
-from launch import tasks_of
+from launch import exit_with, tasks_of
 from scipy.stats import ttest_1samp, ttest_ind
 
 LAPTOP = SCALES["laptop"]
@@ -214,14 +213,8 @@ def main(args: Args) -> int:
     header = ["figure", "claim", "claimed higher, by seed", "claimed lower", "difference, 95% interval", "verdict"]
     for cells in (header, ["---"] * len(header), *claims_table(args.runs)):
         print("| " + " | ".join(cells) + " |")
-    sys.stdout.flush()
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        status = main(tyro.cli(Args, description=__doc__))
-    except BrokenPipeError:  # its reader went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    exit_with(lambda: main(tyro.cli(Args, description=__doc__)))

@@ -6,7 +6,6 @@ python benchmark/keep.py runs/laptop-* --out benchmark/results/laptop/runs
 
 import csv
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from launch import exit_with
 
 TABLES = ("args.json", "eval.csv", "embedding.csv", "heatmap.csv")
 
@@ -61,16 +61,11 @@ def main(args: Args) -> int:
         where, why = error.filename or args.out, error.strerror or error
         print(f"error: cannot write {where}: {why}; choose another --out", file=sys.stderr)
         return 2
-    print(f"kept {len(whole)} runs in {args.out}", flush=True)
+    print(f"kept {len(whole)} runs in {args.out}")
     if others := [run.name for run in args.runs if run not in whole]:
         print(f"not finished, left out: {', '.join(others)}", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        status = main(tyro.cli(Args, description=__doc__))
-    except BrokenPipeError:  # its reader went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    exit_with(lambda: main(tyro.cli(Args, description=__doc__)))

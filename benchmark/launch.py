@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -326,6 +327,17 @@ def run_slurm(jobs: list[Job], args: Args) -> list:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
+def exit_with(command: Callable[[], int]) -> None:
+    """Ends the process with the status that `command` returns, 0 where its reader goes away, as `head` does."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
 def fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
@@ -393,10 +405,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(tyro.cli(Args, description=__doc__))
-        sys.stdout.flush()
-    except BrokenPipeError:  # --dry-run | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    exit_with(lambda: main(tyro.cli(Args, description=__doc__)))

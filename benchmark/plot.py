@@ -16,7 +16,6 @@ Of run directories, those that trained on the same tasks with the same arguments
 """
 
 import json
-import os
 import sys
 import textwrap
 from collections import defaultdict
@@ -33,7 +32,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import scores
 from experiments import EXPERIMENTS, OFFLINE, SCALES, Run, Scale
-from launch import tasks_of
+from launch import exit_with, tasks_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -815,9 +814,8 @@ def fail(message: str) -> int:
 def main(args: Args) -> int:
     try:
         return plot(args)
-    except BrokenPipeError:  # the reader of its output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # is for exit_with
+        raise
     except OSError as error:  # of writing: what reading meets is told where it is read
         return fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
 
@@ -859,4 +857,4 @@ def plot(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    exit_with(lambda: main(tyro.cli(Args, description=__doc__)))
