@@ -3,6 +3,7 @@
   python benchmark/plot.py figure4 --runs runs/                          # plots/figure4-laptop.{png,pdf,csv,md}
   python benchmark/plot.py figure16 figure17 --runs runs/ --scale paper --reference brc_curves.csv.gz
   python benchmark/plot.py runs/A runs/B runs/C --out curve.png          # curves of these runs, a panel per task
+  python benchmark/plot.py runs/A --reference brc_curves.csv.gz          # beside published curves
 
 A figure takes the runs that benchmark/launch.py makes for it from --runs. It reads args.json and eval.csv, for the
 diagnostics of Figures 3, 5 and 7 statistics/*.npz, and for embedding transfer embedding.csv and heatmap.csv. What is
@@ -55,13 +56,19 @@ class Args:
     scale: Literal["laptop", "paper"] | None = None
     """experiments: the scale to plot (default: every scale that has runs)"""
     reference: tuple[Path, ...] = ()
-    """experiments: published curves to put beside ours: CSV files, or the authors' results folder"""
+    """published curves to put beside ours: CSV files, or the authors' results folder"""
     reps: int = 2000
     """experiments: draws of the bootstrap"""
     out: Path | None = None
     """experiments: directory to write to (default: plots); run directories: picture to write (default: curves.png)"""
     labels: tuple[str, ...] = ()
     """run directories: a name for each group, in the order in which the groups' first runs are given"""
+
+
+def published_on(reference: pd.DataFrame, tasks: list[str]) -> dict[str, pd.DataFrame]:
+    """Reference curves of every agent that was published on all these tasks."""
+    rows = reference[reference["task"].isin(tasks)]
+    return {a: r for a, r in rows.groupby("agent", sort=False) if r["task"].nunique() == len(tasks)}
 
 
 @dataclass
@@ -99,9 +106,7 @@ class Data:
         return list(dict.fromkeys(run.label for run in self.runs if panel is None or run.panel == panel))
 
     def published(self, tasks: list[str]) -> dict[str, pd.DataFrame]:
-        """Reference curves of every agent that was published on all these tasks."""
-        rows = self.reference[self.reference["task"].isin(tasks)]
-        return {a: r for a, r in rows.groupby("agent", sort=False) if r["task"].nunique() == len(tasks)}
+        return published_on(self.reference, tasks)
 
     def statistics(self, step: int | None = None) -> list[tuple[Run, dict[str, np.ndarray]]]:
         """statistics/<step>.npz of runs that log them (default: of each run's last step)."""
@@ -734,10 +739,11 @@ def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float
     return group, args.get("seed"), dict(curves)
 
 
-def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> int:
+def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], reference: pd.DataFrame) -> int:
     """A panel per task and one of the mean score, seeds as thin lines, their mean as a thick one.
 
-    Groups of the same label are one: what single-task runs of a seed learned, each a task, counts as one run.
+    Groups of the same label are one: what single-task runs of a seed learned, each a task, counts as one run. Agents
+    that were published on all tasks of the runs are groups, too, as far as the longest run goes.
     """
     names, groups = {}, defaultdict(list)
     for directory in directories:
@@ -756,6 +762,13 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
     if not groups:
         return fail("no run could be read")
     tasks = list(dict.fromkeys(task for runs in groups.values() for _, curves in runs for task in curves))
+    ours = [curves for runs in groups.values() for _, curves in runs]
+    end = max(step for curves in ours for points in curves.values() for step, _ in points)
+    published = published_on(reference[reference["step"] <= end], tasks)
+    for agent, rows in published.items():
+        for seed, part in rows.groupby("seed"):
+            curves = {task: list(zip(r["step"], r["score"], strict=True)) for task, r in part.groupby("task")}
+            groups[agent].append((seed, curves))
     panels = [*tasks, "mean"] if len(tasks) > 1 else tasks
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
@@ -781,9 +794,10 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...]) -> in
                 until = f"to step {shared[-1]:,} of {beyond:,}" if shared else "no step in common"
                 print(f"{panel}: {label}, mean of steps that all {len(lines)} seeds have, {until}", file=sys.stderr)
             mean = [np.mean([line[step] for line in lines]) for step in shared]
+            style = {"color": f"C{index}", "linewidth": 2.2, "linestyle": "--" if label in published else "-"}
+            style["marker"] = "D" if len(shared) == 1 else None  # one evaluation: a line would not be seen
             label = f"{label} ({len(lines)} seed{'s' * (len(lines) > 1)})"
-            marker = "D" if len(shared) == 1 else None  # one evaluation: a line would not be seen
-            axis.plot(np.array(shared) / 1e3, mean, marker=marker, color=f"C{index}", linewidth=2.2, label=label)
+            axis.plot(np.array(shared) / 1e3, mean, label=label, **style)
         axis.set_title(panel, fontsize=9)
         axis.set_xlabel("thousand steps", fontsize=8)
         axis.tick_params(labelsize=7)
@@ -811,9 +825,20 @@ def fail(message: str) -> int:
     return 2
 
 
+def read_references(paths: tuple[Path, ...]) -> pd.DataFrame:
+    """All published curves as one table; says what is wrong with them. Raises BadReference."""
+    references = [scores.read_reference(path) for path in paths]
+    for problem in [problem for _, problem in references if problem]:
+        print(problem, file=sys.stderr)
+    nothing = pd.DataFrame(columns=["agent", "task", "seed", "step", "value", "score"])
+    return pd.concat([table for table, _ in references] or [nothing], ignore_index=True)
+
+
 def main(args: Args) -> int:
     try:
         return plot(args)
+    except scores.BadReference as error:
+        return fail(str(error))
     except BrokenPipeError:  # is for exit_with
         raise
     except OSError as error:  # of writing: what reading meets is told where it is read
@@ -830,7 +855,8 @@ def plot(args: Args) -> int:
         out = args.out or Path("curves.png")
         if out.suffix[1:] not in plt.figure().canvas.get_supported_filetypes():
             return fail(f"--out {out}: for run directories give a picture, such as curves.png")
-        return plot_runs([Path(name) for name in args.what], out, args.labels)
+        reference = read_references(args.reference)
+        return plot_runs([Path(name) for name in args.what], out, args.labels, reference)
     if rest := [name for name in args.what if name not in EXPERIMENTS]:
         return fail(f"'{rest[0]}' is no experiment: {', '.join(EXPERIMENTS)}; experiments read --runs DIRECTORY")
     if not args.runs.is_dir():
@@ -839,14 +865,7 @@ def plot(args: Args) -> int:
         return fail("--reps: must be at least 1")
     if args.out and args.out.exists() and not args.out.is_dir():
         return fail(f"--out {args.out}: for experiments give a directory")
-    try:
-        references = [scores.read_reference(path) for path in args.reference]
-    except scores.BadReference as error:
-        return fail(str(error))
-    for problem in [problem for _, problem in references if problem]:
-        print(problem, file=sys.stderr)
-    nothing = pd.DataFrame(columns=["agent", "task", "seed", "step", "value", "score"])
-    reference = pd.concat([table for table, _ in references] or [nothing], ignore_index=True)
+    reference = read_references(args.reference)
     found = [name for name in SCALES if any(args.runs.glob(f"{name}-*"))] or ["laptop"]
     plotted = [
         plot_experiment(name, SCALES[scale], args, reference)

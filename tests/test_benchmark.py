@@ -817,6 +817,30 @@ def test_the_legend_names_what_has_no_mean_over_all_tasks(tmp_path, monkeypatch)
     assert [text.get_text() for text in legend.get_texts()] == ["first (1 seed)", "second (1 seed)", "both (1 seed)"]
 
 
+def test_curves_of_run_directories_beside_published_ones(tmp_path, monkeypatch):
+    """Those of agents with all tasks of the run, as scores, dashed, as far as the run goes."""
+    tasks = ("dmc/dog-run", "dmc/dog-walk")
+    argv = ("--env-ids", *tasks, "--total-timesteps", "200", "--eval-every", "100")
+    directory = write_run(tmp_path, Run("", "dogs", SAC, argv, 1, "dogs"), known)
+    rows = [("whole", task, seed, step, step + seed) for task in tasks for seed in (0, 1) for step in (100, 200, 300)]
+    rows.append(("one task of two", tasks[0], 0, 100, 50))
+    columns = ["agent", "task", "seed", "step", "value"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "published.csv", index=False)
+    drawn, figures = {}, plot.plt.subplots
+    monkeypatch.setattr(plot.plt, "subplots", lambda *a, **k: drawn.setdefault("figure", figures(*a, **k)))
+    args = plot.Args(
+        (str(directory),), out=tmp_path / "x.png", reference=(tmp_path / "published.csv",), labels=("ours",)
+    )
+    assert plot.main(args) == 0
+    for axis in drawn["figure"][1].flat[:3]:
+        lines = {line.get_label(): line for line in axis.lines if line.get_linewidth() > 2}
+        assert list(lines) == ["ours (1 seed)", "whole (2 seeds)"]
+        published = lines["whole (2 seeds)"]
+        assert published.get_linestyle() == "--" and lines["ours (1 seed)"].get_linestyle() == "-"
+        assert published.get_xdata().tolist() == [0.1, 0.2]
+        assert published.get_ydata().tolist() == pytest.approx([0.1005, 0.2005])
+
+
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_means_are_taken_at_equal_steps(order, tmp_path, monkeypatch, capsys):
     """Two runs of one label, evaluated every 1,000 and 2,000 steps, whose score is the step, a third that stopped: the
