@@ -1509,7 +1509,10 @@ def replace_file(path: Path, text: str) -> None:
 def save_array(path: Path, array: np.ndarray) -> None:
     """Whole or not at all, and beside a file that another process maps."""
     partial_path = path.with_name(f".partial-{path.name}")
-    np.save(partial_path, array)
+    try:
+        np.save(partial_path, array)
+    except OSError as error:  # of a full disk numpy says how many items it wrote, without a number
+        raise OSError(error.errno or errno.ENOSPC, "cannot write", str(partial_path)) from error
     partial_path.replace(path)
 
 
@@ -1621,6 +1624,10 @@ class Run:
         return state, counters
 
     def refuse_finished(self, counters: dict) -> None:
+        if getattr(self.args, "save_replay", False) and counters["step"] == self.total:
+            directory = self.directory / "replay"  # not asked for then, or the disk was full: the checkpoint has it
+            if not directory.exists() or any(directory.glob(".partial-*")):
+                return
         if counters["step"] > self.total or counters["last_evaluation"] >= self.total:
             longer = "--total-updates" if self.unit == "update" else "--total-timesteps"
             step = f"{counters['step']:,}"
@@ -1816,7 +1823,9 @@ class Run:
             resume = f"; continue with --resume {self.directory}" if checkpoint_steps(self.directory) else ""
             print(f"stopped at step {self.step:,}{resume}")
             return
-        width = max([len(row["task"]) for row in self.rows], default=4)
+        if not self.rows:  # a finished run, resumed for its replay
+            return
+        width = max(len(row["task"]) for row in self.rows)
         print(f"{'task':<{width}} {'return':>10} {'success':>8} {'score':>7}")
         for row in self.rows:
             print(f"{row['task']:<{width}} {row['return']:>10.1f} {row['success']:>8} {row['score']:>7}")

@@ -646,6 +646,13 @@ def test_resume_of_a_finished_run_says_so(copied):
     assert brc.checkpoint_steps(copied) == [600, 450]
 
 
+def test_statistics_that_cannot_be_written_are_a_warning(copied, capsys):
+    (copied / "statistics" / "620.npz").mkdir()
+    train("--resume", copied, "--total-timesteps", 620, "--no-track")
+    assert "warning: cannot write statistics: Is a directory; the run goes on without" in capsys.readouterr().err
+    assert brc.checkpoint_steps(copied)[0] == 620
+
+
 def test_resume_continues_normalizer_replay_and_counters(tmp_path):
     """The environment pays 10 e more in episode e, and starts again with e = 0 in a new process."""
     arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--eval-every", 1000]
@@ -1082,6 +1089,15 @@ def test_full_disk_costs_nothing_but_time(full_disk, command_line):
     train("--resume", run_dir, "--total-timesteps", 300)
     assert brc.checkpoint_steps(run_dir) == [300, 200]
     assert [row["step"] for row in curve(run_dir)] == ["0", "100", "300"]
+    ballast = fill(run_dir.parent, leave=20_000)
+    status, stderr = command_line("--resume", run_dir, "--save-replay")
+    ballast.unlink()
+    assert status == 2 and "disk full" in error_line(stderr)
+    train("--resume", run_dir, "--save-replay")
+    [replay] = (run_dir / "replay").iterdir()
+    assert len(np.load(replay)) > 300
+    with pytest.raises(brc.UserError, match="finished"):
+        train("--resume", run_dir, "--save-replay")
 
 
 # The environment's 161st step, after 16 episodes of 10 steps and as many resets, is step 177 of the run.

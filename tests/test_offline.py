@@ -205,6 +205,13 @@ def test_replay_of_an_online_run_is_a_data_set(tmp_path, monkeypatch):
     step = batch.next_observations - np.clip(batch.observations + 0.25 * batch.actions, -1, 1)
     assert np.abs(step).max() < 1e-6, "the next observation is not where the action led"
     assert brc.dataset_tasks(brc.Args(dataset=args.dataset, env_ids=(POINTS[1],))) == [POINTS[1]]
+    written = [np.load(path) for path in paths]
+    shutil.rmtree(paths[0].parent)  # or the run was made without: a finished one still writes it
+    curve = (tmp_path / "online" / "eval.csv").read_bytes()
+    online.main(online.parse_args(["--resume", str(tmp_path / "online"), "--save-replay"]))
+    for path, before in zip(paths, written, strict=True):
+        assert (np.load(path)[: len(before)] == before).all() and not np.load(path)["valid"][len(before) :].any()
+    assert (tmp_path / "online" / "eval.csv").read_bytes() == curve
 
 
 DAMAGE = {
