@@ -1263,7 +1263,7 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         eval_envs.close()
         if not args.play:
             path.parent.mkdir(exist_ok=True)
-            np.save(path, embedding)
+            save_array(path, embedding)
             write_tables(run.directory, tables)
         if args.capture_video:
             record_videos(tuned_act, envs, run)  # which makes environments of its own

@@ -331,7 +331,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Constant")  # of the experts: their actions are clipped
     unknown = [task for task in args.tasks if task not in ALL_TASKS or not brc.envpool_id(task)]
     if unknown:
-        sys.exit(f"not in envpool: {' '.join(unknown)}; choose from: {' '.join(ALL_TASKS)}")
+        print(f"error: not in envpool: {' '.join(unknown)}; choose from: {' '.join(ALL_TASKS)}", file=sys.stderr)
+        sys.exit(2)
     versions = {name: version(name) for name in ("envpool", "dm_control", "metaworld", "mujoco", "numpy")}
     versions |= {"python": platform.python_version(), "cpu": platform.machine(), "command": sys.argv[1:]}
     print(json.dumps(versions))

@@ -21,9 +21,11 @@ it has dependencies of its own.
 """
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import tensordict
@@ -73,6 +75,11 @@ def sizes(task: str) -> tuple[int, int]:
     return (39, 4) if family == "metaworld" else next(size for key, size in SIZES.items() if name.startswith(key))
 
 
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load(path: Path):
     """A chunk, memory-mapped. Exits with one line if it is damaged or not of the layout above."""
     allowed = [tensordict.TensorDict, torch.Size, torch.device, tensordict._td._StringKeys]
@@ -87,31 +94,35 @@ def load(path: Path):
         if torch.isnan(chunk["reward"][:, 1:]).any():
             raise ValueError("only the first reward of an episode may be NaN")
     except Exception as error:  # torch's and pickle's own, of many kinds
-        sys.exit(f"error: {path} is not a chunk of TD-MPC2's data: {' '.join(str(error).split())}")
+        fail(f"{path} is not a chunk of TD-MPC2's data: {' '.join(str(error).split())}")
     return chunk
 
 
 def main(args: Args) -> None:
-    names = TASKS.get(args.tasks) or sys.exit(f"error: unknown --tasks {args.tasks}; there are {', '.join(TASKS)}")
+    names = TASKS.get(args.tasks) or fail(f"unknown --tasks {args.tasks}; there are {', '.join(TASKS)}")
     lengths = np.zeros(len(names), int)
     for path in tqdm(args.chunks, desc="counting"):
         chunk = load(path)
         numbers = chunk["task"][:, 0].numpy().astype(int)
         if numbers.min() < 0 or numbers.max() >= len(names):
-            sys.exit(f"error: {path} holds task {numbers.max()}, but {args.tasks} has {len(names)}")
+            fail(f"{path} holds task {numbers.max()}, but {args.tasks} has {len(names)}")
         widths = chunk["obs"].shape[-1], chunk["action"].shape[-1]
         for number in np.unique(numbers):  # mt30 is padded to narrower tasks than mt80
             if sizes(names[number])[0] > widths[0] or sizes(names[number])[1] > widths[1]:
-                sys.exit(f"error: {path} has |S| = {widths[0]}, |A| = {widths[1]}: too narrow for {names[number]}")
+                fail(f"{path} has |S| = {widths[0]}, |A| = {widths[1]}: too narrow for {names[number]}")
         lengths += np.bincount(numbers, minlength=len(names)) * chunk.shape[1]
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    files = {}
+    files, dtypes = {}, {}
     for number in np.flatnonzero(lengths):
         observation_dim, action_dim = sizes(names[number])
-        dtype = [("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)), ("reward", "f4"),
-                 ("terminated", "?"), ("valid", "?")]  # fmt: skip
-        path = args.out / f"{names[number].replace('/', '-')}.npy"
+        dtypes[number] = np.dtype([("observation", "f4", (observation_dim,)), ("action", "f4", (action_dim,)),
+                                   ("reward", "f4"), ("terminated", "?"), ("valid", "?")])  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    size, free = sum(lengths[n] * dtype.itemsize for n, dtype in dtypes.items()), shutil.disk_usage(args.out).free
+    if size > free:  # a full disk under a memory map would be a crash
+        fail(f"--out {args.out}: the data take {size / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f}")
+    for number, dtype in dtypes.items():
+        path = args.out / f".partial-{number}"
         files[number] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(int(lengths[number]),))
 
     filled = np.zeros(len(names), int)
@@ -128,8 +139,9 @@ def main(args: Args) -> None:
                 records["terminated"][:-1] = chunk["terminated"][episode, 1:].numpy().astype(bool)
             records["valid"] = np.arange(length) < length - 1
             filled[number] += length
-    for file in files.values():
+    for number, file in files.items():
         file.flush()
+        Path(file.filename).replace(args.out / f"{names[number].replace('/', '-')}.npy")
     found = [names[number] for number in files]
     pieces = {task: max(1, DECISIONS[task.split("/")[0]] // (chunk.shape[1] - 1)) for task in found}
     about = {"env_info": {"task_names": found}, "action_repeat": ACTION_REPEAT, "pieces_per_episode": pieces}
@@ -138,4 +150,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    args = tyro.cli(Args)
+    try:
+        main(args)
+    except OSError as error:  # of writing: load tells what it cannot read
+        fail(f"cannot write {args.out}: {error.strerror}")

@@ -21,7 +21,9 @@ import pandas as pd
 try:
     from rliable import library, metrics
 except ImportError as error:
-    sys.exit(f"error: {error}; pip install rliable==1.2.0, for which Python 3.14 needs a compiler (no wheels of arch)")
+    way_out = "pip install rliable==1.2.0, for which Python 3.14 needs a compiler (no wheels of arch)"
+    print(f"error: {error}; {way_out}", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

@@ -673,11 +673,14 @@ def test_convert_tdmpc2(tmp_path):
     result = subprocess.run(
         [*command[:3], tmp_path / "wide.pt", "--out", tmp_path / "y"], capture_output=True, text=True
     )
-    assert result.returncode != 0 and "too narrow for metaworld/assembly" in result.stderr
+    assert result.returncode == 2 and "too narrow for metaworld/assembly" in result.stderr
     (tmp_path / "chunk_1.pt").write_bytes((tmp_path / "chunk_0.pt").read_bytes()[:-2000])
     command[3] = tmp_path / "chunk_1.pt"
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0 and "is not a chunk" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "is not a chunk" in result.stderr and "Traceback" not in result.stderr
+    command[3], command[5] = tmp_path / "chunk_0.pt", tmp_path / "chunk_0.pt" / "below a file"
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "cannot write" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
