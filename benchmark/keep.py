@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from launch import exit_with
+from launch import Job, exit_with
 
 TABLES = ("args.json", "eval.csv", "embedding.csv", "heatmap.csv")
 
@@ -30,7 +30,7 @@ def finished(run: Path) -> bool:
     """Whether a run reached its end, or diverged before."""
     try:
         args = json.loads((run / "args.json").read_text())
-        if "diverged_at" in args or (run / "embedding.csv").exists():
+        if "diverged_at" in args or Job.adapted(run):
             return True
         with (run / "eval.csv").open() as file:
             last = int([row["step"] for row in csv.DictReader(file)][-1])

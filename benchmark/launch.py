@@ -103,18 +103,17 @@ class Job:
     lock = None
 
     def state(self) -> str:
-        """finished, stopped (has a checkpoint) or new."""
+        """finished, stopped (has a checkpoint, or the first tasks of embedding transfer) or new."""
         directory = Path(self.root, self.directory)
         if self.finished(directory):
             return "finished"
         has_checkpoint = any(path.name.isdigit() for path in (directory / "checkpoints").glob("*"))
-        return "stopped" if has_checkpoint else "new"
+        return "stopped" if has_checkpoint or (directory / "embedding.csv").exists() else "new"
 
     def finished(self, directory: Path) -> bool:
         """Whether the run reached its end: the last row of eval.csv, or what it writes instead."""
         if "embedding" in self.command and "--protocol" in self.command:
-            wanted = ["embedding.csv"] + ["heatmap.csv"] * ("--heatmap" in self.command)
-            return all((directory / name).exists() for name in wanted)
+            return self.adapted(directory)
         if self.length == 0:
             return (directory / "args.json").exists()
         with contextlib.suppress(OSError, ValueError):
@@ -128,6 +127,19 @@ class Job:
         wanted = [directory / "checkpoints" / str(self.length)] * self.read
         wanted += [directory / "replay"] * (self.read and "--save-replay" in self.command)
         return ended and all(path.exists() for path in wanted)
+
+    @staticmethod
+    def adapted(directory: Path) -> bool:
+        """Whether a run of embedding transfer is through with all its tasks: it writes its tables after each."""
+        try:
+            args = json.loads((directory / "args.json").read_text())
+            for name in ["embedding.csv"] + ["heatmap.csv"] * args["heatmap"]:
+                with (directory / name).open(newline="") as file:
+                    if not {row["target"] for row in csv.DictReader(file)} >= set(args["env_info"]["task_names"]):
+                        return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
 
     def runs_elsewhere(self) -> bool:
         """Whether another launcher runs it now."""

@@ -233,6 +233,20 @@ def test_a_run_that_others_read_is_finished_when_it_has_written_all(tmp_path):
     assert launch.Job("other", ["x.py"], 60, "other", str(tmp_path), []).state() == "finished"
 
 
+def test_embedding_transfer_is_finished_with_its_last_task(tmp_path):
+    """It writes its tables after each task: one that was stopped after the first was never continued, and kept."""
+    command = ["x.py", "--protocol", "embedding", "--heatmap"]
+    job, directory = launch.Job("run", command, 600, "run", str(tmp_path), []), tmp_path / "run"
+    assert job.state() == "new"
+    directory.mkdir()
+    (directory / "args.json").write_text(json.dumps({"heatmap": True, "env_info": {"task_names": ["x/a", "x/b"]}}))
+    assert job.state() == "new"
+    for tasks, state in ((["x/a"], "stopped"), (["x/a", "x/b"], "finished")):
+        for name in ("embedding.csv", "heatmap.csv"):
+            (directory / name).write_text("\n".join(["target,return", *(f"{task},1" for task in tasks), ""]))
+        assert job.state() == state and keep.finished(directory) == (state == "finished")
+
+
 def test_launcher_refuses_bad_input(capsys):
     assert launch.main(launch.Args(("figure99",))) == 2
     assert launch.main(launch.Args(())) == 2
@@ -416,7 +430,7 @@ def write_run(root: Path, run: Run, value, part: float = 1.0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     env_info = {"num_tasks": len(tasks), "task_names": list(tasks), "observation_dim": 39, "action_dim": 4}
     saved = {"script": run.script.removesuffix(".py"), "critic_width": int(run.flag("--critic-width", "128")),
-             "critic_depth": 2, "seed": run.seed, "env_info": env_info,
+             "critic_depth": 2, "seed": run.seed, "env_info": env_info, "heatmap": "--heatmap" in run.argv,
              "total_updates" if run.script == experiments.OFFLINE else "total_timesteps": run.length}  # fmt: skip
     (directory / "args.json").write_text(json.dumps(saved))
 
