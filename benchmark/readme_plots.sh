@@ -15,4 +15,9 @@ python benchmark/plot.py $o/fresh/bc-only* $o/fresh/no-bc* $o/fresh/mse-0.03_* $
 python benchmark/plot.py $results/atari/atari2 --labels "narrow encoder" --out $results/atari/curve.png
 a=$results/atari/cpu
 python benchmark/plot.py $a/updown-* $a/mspacman-* $a/both-* --labels alone alone "one agent of both" --out $a/curve.png
+l=$results/laptop
+python benchmark/plot.py $l/beside/six-released-* $l/beside/six-ours-variant-* $l/runs/laptop-6-tasks-brc-128__19d68b__* \
+  --labels "released code" "ours, --variant released-code" "ours" --out $l/beside/six.png
+python benchmark/plot.py $l/beside/dmc-released-* $l/beside/dmc-ours-variant-* $l/beside/dmc-ours-[1-5] \
+  --labels "released code" "ours, --variant released-code" "ours" --out $l/beside/dmc.png
 python benchmark/readme_tables.py > $results/tables.md

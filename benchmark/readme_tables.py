@@ -255,6 +255,27 @@ def finger_spin() -> list[list[str]]:
     return rows
 
 
+def laptop_beside_the_released_code() -> list[list[str]]:
+    """laptop/README.md, seeds 1 to 5: mean score over the last three evaluations, and Welch's 95% interval of the
+    difference from the released code's."""
+    rows, steps = [], (10_000, 12_500, 15_000)
+    labels = {"released": "the released code", "ours-variant": "ours, `--variant released-code`", "ours": "ours"}
+    for tasks, name in (("six", "six of Meta-World"), ("dmc", "four of DMC")):
+        theirs = None
+        for agent, label in labels.items():
+            runs = f"laptop/beside/{tasks}-{agent}-"
+            if (tasks, agent) == ("six", "ours"):
+                runs = "laptop/runs/laptop-6-tasks-brc-128__19d68b__"
+            values, difference = [mean_of(RESULTS / f"{runs}{seed}", "score", steps) for seed in range(1, 6)], ""
+            if theirs:
+                interval = ttest_ind(values, theirs, equal_var=False).confidence_interval()
+                less = np.mean(values) - np.mean(theirs)
+                difference = f"{less:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+            theirs = theirs or values
+            rows.append([name, label, " ".join(map(two, values)), two(np.mean(values)), difference])
+    return rows
+
+
 def atari_cpu() -> list[list[str]]:
     """Return of the last evaluation of two Atari games, seeds 1 to 3, its mean, and the mean human-normalized score."""
     rows = []
@@ -279,6 +300,7 @@ TABLES = {
     "offline, fresh seeds": offline_fresh, "cloning by likelihood": cloning_by_likelihood,
     "averaged actor": averaged_actor, "Atari on a CPU": atari_cpu,
     "four DMC tasks beside the released code": dmc4_beside_the_released_code, "finger-spin": finger_spin,
+    "laptop scale beside the released code": laptop_beside_the_released_code,
 }  # fmt: skip
 
 
