@@ -160,7 +160,8 @@ class Args:
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep"""
     save_replay: bool = False
-    """write the replay to RUN_DIR/replay/, one .npy file per game, when the run ends or is stopped"""
+    """write the replay to RUN_DIR/replay/, one .npy file per game, when the run ends or is stopped; with --resume of a
+    finished run too"""
     capture_video: bool = False
     """at evaluation, write an mp4 of one more game of each task to RUN_DIR/videos/"""
     track: bool = False

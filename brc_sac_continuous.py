@@ -141,7 +141,8 @@ class Args:
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints to keep"""
     save_replay: bool = False
-    """write all transitions to RUN_DIR/replay/, one .npy file per task, when the run ends or is stopped"""
+    """write all transitions to RUN_DIR/replay/, one .npy file per task, when the run ends or is stopped; with --resume
+    of a finished run too"""
     capture_video: bool = False
     """write an mp4 of one evaluation episode per task to RUN_DIR/videos/ (headless: MUJOCO_GL=egl)"""
     log_task_statistics: bool = False

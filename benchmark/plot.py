@@ -105,9 +105,6 @@ class Data:
     def labels(self, panel: str | None = None) -> list[str]:
         return list(dict.fromkeys(run.label for run in self.runs if panel is None or run.panel == panel))
 
-    def published(self, tasks: list[str]) -> dict[str, pd.DataFrame]:
-        return published_on(self.reference, tasks)
-
     def statistics(self, step: int | None = None) -> list[tuple[Run, dict[str, np.ndarray]]]:
         """statistics/<step>.npz of runs that log them (default: of each run's last step)."""
         found = []
@@ -153,7 +150,7 @@ def published_summary(data: Data, panel: str, tasks: list[str]) -> pd.DataFrame:
     out = []
     ours = [run.length for run in data.runs if run.panel == panel and run.script != OFFLINE]
     limit = max(ours) if data.scale.name == "paper" else np.inf
-    for agent, rows in data.published(tasks).items():
+    for agent, rows in published_on(data.reference, tasks).items():
         rows = rows[rows["step"] <= limit]
         last = rows.groupby(["task", "seed"], as_index=False)["step"].transform("max")
         rows = rows[rows["step"] == last]
@@ -216,7 +213,7 @@ def curve_axes(data: Data, axis, panel: str, ours: dict[str, pd.DataFrame], task
             draw_line(axis, curve["step"], curve, label, f"C{index}", marker=".")
     column = {"return": "value", "success": "value"}.get(column, column)
     agents = list(data.reference["agent"].unique())
-    for agent, rows in data.published(tasks).items():
+    for agent, rows in published_on(data.reference, tasks).items():
         color = f"C{(len(ours) + agents.index(agent)) % 10}"  # the same in every panel
         if data.scale.name == "paper":
             rows = rows[rows["step"] <= max(run.length for run in data.runs if run.panel == panel)]
