@@ -4,7 +4,7 @@
 
 The number of a run is its mean score over tasks and over the evaluations in its last third, where a row does not say
 another; a seed of single-task agents is all their runs. A claim is seen if Welch's 95% interval of the difference lies
-above zero, contradicted if below. With fewer finished seeds than planned the verdict says so.
+above zero, contradicted if below. With fewer finished seeds than planned the verdict says how many each side has.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 import scores
 import tyro
 from experiments import ARCHITECTURES, EXPERIMENTS, SCALES, Run
-from launch import exit_with, tasks_of
+from launch import exit_with, fail
 from scipy.stats import ttest_1samp, ttest_ind
 
 LAPTOP = SCALES["laptop"]
@@ -31,7 +31,7 @@ class Args:
     """directory of the run directories"""
 
 
-def chosen(figure: str, label: str, panel: str | None = None, x: int | None = None) -> list[Run]:
+def runs_of(figure: str, label: str, panel: str | None = None, x: int | None = None) -> list[Run]:
     """Runs of one curve or bar of a figure. Raises KeyError if there are none: a claim names what is not planned."""
     runs = [run for run in EXPERIMENTS[figure].runs(LAPTOP)
             if run.label == label and panel in (None, run.panel) and x in (None, run.x)]  # fmt: skip
@@ -60,10 +60,10 @@ def mean_score(first: float, last: float, tasks: tuple[str, ...] = ()) -> Callab
         evaluations, _ = scores.read_evaluations(directory)
         if not len(evaluations) or evaluations["step"].max() < run.length:
             return np.nan
-        wanted = [task for task in tasks or tasks_of(run, LAPTOP) if scores.has_score(task)]
+        wanted = [task for task in tasks or run.tasks(LAPTOP) if scores.has_score(task)]
         share = evaluations["step"] / run.length
-        chosen_rows = (share >= first - 1e-9) & (share <= last + 1e-9) & evaluations["task"].isin(wanted)
-        return float(evaluations[chosen_rows]["score"].mean())
+        chosen = (share >= first - 1e-9) & (share <= last + 1e-9) & evaluations["task"].isin(wanted)
+        return float(evaluations[chosen]["score"].mean())
 
     return number
 
@@ -73,63 +73,38 @@ def statistic(compute: Callable[[dict], float]) -> Callable[[Run, Path], float]:
     that can be read (yet)."""
 
     def number(run: Run, directory: Path) -> float:
-        path = directory / "statistics" / f"{run.length}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return float(compute(arrays))
-        except FileNotFoundError:
-            return np.nan
-        except Exception as error:  # numpy and zipfile raise many kinds for a damaged or half-written file
-            print(f"warning: {path}: {error}", file=sys.stderr)
-            return np.nan
+        arrays, problem = scores.read_statistics(directory / "statistics" / f"{run.length}.npz")
+        if problem.startswith("damaged"):
+            print(f"warning: {directory}: {problem}", file=sys.stderr)
+        return compute(arrays) if arrays else np.nan
 
     return number
 
 
 def spread(name: str) -> Callable[[Run, Path], float]:
-    """sigma / mu over tasks (Figure 3, left)."""
-    return statistic(lambda arrays: arrays[name].std() / max(abs(arrays[name].mean()), 1e-12))
-
-
-def conflicts(arrays: dict) -> float:
-    """Share of task pairs whose critic gradients have a negative cosine (Figure 5, right)."""
-    cosines = arrays["gradient_cosine"][np.triu_indices(len(arrays["task"]), 1)]
-    return float((cosines < 0).mean()) if np.isfinite(cosines).all() else np.nan
-
-
-def verdict(low: float, high: float, seeds: int) -> str:
-    word = "seen" if low > 0 else "contradicted" if high < 0 else "not seen"
-    return word if seeds == LAPTOP.seeds else f"{word} ({seeds} of {LAPTOP.seeds} seeds)"
+    return statistic(lambda arrays: scores.spread(arrays[name]))
 
 
 def cell(values: dict[int, float]) -> str:
     return " ".join(f"{value:.2f}" for value in values.values()) or "-"
 
 
-def missing(seeds: int) -> str:
-    """The verdict on fewer than two seeds."""
-    return "1 seed" if seeds else "not run"
-
-
-def claim_row(figure: int, claim: str, more: dict[int, float], less: dict[int, float]) -> list[str]:
-    """A claim that the first numbers are higher than the second ones."""
-    seeds, cells = min(len(more), len(less)), [cell(more), cell(less)]
-    if seeds < 2:
-        return [str(figure), claim, *cells, "", missing(seeds)]
-    more, less = list(more.values()), list(less.values())
-    bounds = ttest_ind(more, less, equal_var=False).confidence_interval()
-    text = f"{np.mean(more) - np.mean(less):+.3f} ({bounds.low:+.3f} to {bounds.high:+.3f})"
-    return [str(figure), claim, *cells, text, verdict(bounds.low, bounds.high, seeds)]
-
-
-def positive_row(figure: int, claim: str, found: dict[int, float]) -> list[str]:
-    """A claim that numbers are above zero, by Student's t interval."""
-    if len(found) < 2:
-        return [str(figure), claim, cell(found), "0", "", missing(len(found))]
-    values = list(found.values())
-    bounds = ttest_1samp(values, 0).confidence_interval()
-    text = f"{np.mean(values):+.3f} ({bounds.low:+.3f} to {bounds.high:+.3f})"
-    return [str(figure), claim, cell(found), "0", text, verdict(bounds.low, bounds.high, len(values))]
+def claim_row(figure: int, claim: str, more: dict[int, float], less: dict[int, float] | None = None) -> list[str]:
+    """A claim that the first numbers (seed: number) are higher than the second ones, by Welch's interval, or without
+    second ones than zero, by Student's."""
+    sides = [more] if less is None else [more, less]
+    row = [str(figure), claim, cell(more), "0" if less is None else cell(less)]
+    counts = list(dict.fromkeys(len(side) for side in sides))
+    if min(counts) < 2:
+        return [*row, "", "1 seed" if min(counts) else "not run"]
+    values = [list(side.values()) for side in sides]
+    test = ttest_1samp(values[0], 0) if less is None else ttest_ind(*values, equal_var=False)
+    difference = np.mean(values[0]) - (0 if less is None else np.mean(values[1]))
+    low, high = np.where(np.isnan(bounds := test.confidence_interval()), difference, bounds)  # of what never varies
+    verdict = "seen" if low > 0 else "contradicted" if high < 0 else "not seen"
+    if counts != [LAPTOP.seeds]:
+        verdict += f" ({' and '.join(map(str, counts))} of {LAPTOP.seeds} seeds)"
+    return [*row, f"{difference:+.3f} ({low:+.3f} to {high:+.3f})", verdict]
 
 
 def shapley_rows(root: Path) -> list[list[str]]:
@@ -137,7 +112,7 @@ def shapley_rows(root: Path) -> list[list[str]]:
     players, by_set = ["SQ", "CE", "TE"], {}
     for size in range(len(players) + 1):
         for group in itertools.combinations(players, size):
-            runs = chosen("figure6", " + ".join(group) or "none")
+            runs = runs_of("figure6", " + ".join(group) or "none")
             by_set[frozenset(group)] = per_seed(runs, root, mean_score(2 / 3, 1))
     seeds = set.intersection(*(set(found) for found in by_set.values()))
     values = {seed: scores.shapley_values({group: found[seed] for group, found in by_set.items()}, players)
@@ -145,16 +120,16 @@ def shapley_rows(root: Path) -> list[list[str]]:
     rows = []
     for player, name in zip(players, ("width", "cross-entropy with normalization", "embeddings"), strict=True):
         claim = f"{name} ({player}) adds: its Shapley value is above 0"
-        rows.append(positive_row(6, claim, {seed: value[player] for seed, value in values.items()}))
+        rows.append(claim_row(6, claim, {seed: value[player] for seed, value in values.items()}))
     lead = {seed: value["SQ"] - max(value["CE"], value["TE"]) for seed, value in values.items()}
-    return [*rows, positive_row(6, "width adds most: SQ less the larger of CE and TE", lead)]
+    return [*rows, claim_row(6, "width adds most: SQ less the larger of CE and TE", lead)]
 
 
 def claims_table(root: Path) -> list[list[str]]:
     """Figure, claim, numbers of both sides by seed, difference with its 95% interval, verdict."""
 
     def score(*key, tasks=(), between=(2 / 3, 1), **options) -> dict[int, float]:
-        return per_seed(chosen(*key, **options), root, mean_score(*between, tasks))
+        return per_seed(runs_of(*key, **options), root, mean_score(*between, tasks))
 
     brc, brc_multi, sac = score("figure1", "BRC"), score("figure1", "BRC*"), score("figure1", "SAC")
     sac_multi = score("figure1", "MH-SAC*")
@@ -171,9 +146,9 @@ def claims_table(root: Path) -> list[list[str]]:
             other = score("figure3", label, panel=panel)
             rows.append(claim_row(3, f"{where}: cross-entropy with normalization beats {name}", entropy, other))
         for quantity, what in (("td_loss", "the TD loss"), ("gradient_norm", "the gradient's norm")):
-            even = per_seed(chosen("figure3", "CE + normalization", panel=panel), root, spread(quantity))
+            even = per_seed(runs_of("figure3", "CE + normalization", panel=panel), root, spread(quantity))
             for label, name in mse.items():
-                uneven = per_seed(chosen("figure3", label, panel=panel), root, spread(quantity))
+                uneven = per_seed(runs_of("figure3", label, panel=panel), root, spread(quantity))
                 rows.append(claim_row(3, f"{where}: sigma / mu of {what} is larger by {name}", uneven, even))
     for panel in ("single-task", "multi-task"):
         at = {width: score("figure4", "BroNet (CE)", panel=panel, x=width) for width in LAPTOP.widths}
@@ -186,7 +161,9 @@ def claims_table(root: Path) -> list[list[str]]:
         sides = [score("figure5", label, x=width) for label in ("task embeddings", "separate heads")]
         rows.append(claim_row(5, f"embeddings beat heads at width {width}", *sides))
     for label in ("task embeddings", "separate heads"):
-        sides = [per_seed(chosen("figure5", label, x=width), root, statistic(conflicts)) for width in (NARROW, WIDE)]
+        sides = [
+            per_seed(runs_of("figure5", label, x=width), root, statistic(scores.conflicts)) for width in (NARROW, WIDE)
+        ]
         rows.append(claim_row(5, f"{label}: the narrow critic has more conflicting gradients", *sides))
     rows += shapley_rows(root)
     # after 12,500 steps of all six tasks at once, or 2,500 of each alone
@@ -208,8 +185,7 @@ def claims_table(root: Path) -> list[list[str]]:
 
 def main(args: Args) -> int:
     if not args.runs.is_dir():
-        print(f"error: {args.runs} is no directory; launch.py writes to its --run-root", file=sys.stderr)
-        return 2
+        return fail(f"{args.runs} is no directory; launch.py writes to its --run-root")
     header = ["figure", "claim", "claimed higher, by seed", "claimed lower", "difference, 95% interval", "verdict"]
     for cells in (header, ["---"] * len(header), *claims_table(args.runs)):
         print("| " + " | ".join(cells) + " |")

@@ -9,17 +9,18 @@ A run is named after what it computes, so that figures which need the same run (
 
 Ablations and baselines are flags of brc_sac_continuous.py:
 
-  SAC                                            --critic-arch mlp --critic-loss mse --critic-width 256
-  MH-SAC                                         and --task-conditioning heads
-  BRO-like, BroNet (MSE) (Figure 4)              --critic-loss mse
-  MSE without return normalization (Figure 3)    --critic-loss mse --no-normalize-returns
-  SimBa (Figure 4)                               --critic-arch simba --critic-loss mse
+  MSE, or BroNet (MSE) (Figures 3, 4)            --critic-loss mse --no-normalize-returns
+  MSE + normalization (Figure 3)                 --critic-loss mse
+  SimBa (Figure 4)                               --critic-arch simba --critic-loss mse --no-normalize-returns
+  SAC, or vanilla MLP (Figures 1, 4)             --critic-arch mlp --critic-loss mse --no-normalize-returns
+  MH-SAC (Figure 1)                              SAC's and --task-conditioning heads
   separate heads (Figure 5)                      --task-conditioning heads
   model sizes (Table 1)                          --critic-width 256 ... 8192
   diagnostics of Figures 3, 5, 7                 --log-task-statistics
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -74,9 +75,22 @@ class Run:
         return self.argv[self.argv.index(name) + 1] if name in self.argv else default
 
     @property
+    def length_unit(self) -> str:
+        return "updates" if self.script == OFFLINE else "steps"
+
+    @property
     def length(self) -> int:
         """Environment steps per task, or updates of offline training."""
         return int(self.flag("--total-updates" if self.script == OFFLINE else "--total-timesteps", "0"))
+
+    def tasks(self, scale: "Scale") -> tuple[str, ...]:
+        """As its command line names them."""
+        if "--suite" in self.argv:
+            return scale.suites[self.flag("--suite")].tasks
+        if "--env-ids" in self.argv:
+            rest = self.argv[self.argv.index("--env-ids") + 1 :]
+            return tuple(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        return scale.suites["mw-dmc"].tasks  # offline: of the data
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,6 @@ class Scale:
     """the MLP critic of SAC and MH-SAC in Figure 1"""
     seeds: int
     transfer_seeds: int
-    offline_seeds: int
     offline_updates: int
     data_transfer_steps: int
     """Figure 11 shows the first 500k steps"""
@@ -143,7 +156,7 @@ PAPER = Scale(
                "HB-Medium": ("hb-medium-pretrain", "hb-medium-transfer"), "HB-Hard": ("hb-hard", "hb-hard-transfer"),
                "ShadowHand": ("shadowhand", "shadowhand-transfer")},
     widths=(256, 512, 1024, 2048, 4096, 8192), width=4096, narrow=512, sac_width=256,
-    seeds=5, transfer_seeds=3, offline_seeds=5, offline_updates=1_000_000, data_transfer_steps=500_000,
+    seeds=5, transfer_seeds=3, offline_updates=1_000_000, data_transfer_steps=500_000,
     offline_data="{data}/mt80",
 )  # fmt: skip
 
@@ -155,7 +168,7 @@ CARTPOLE = ["dmc/cartpole-balance", "dmc/cartpole-swingup"]
 LAPTOP_TASKS = {  # what stands for the paper's suites
     **dict.fromkeys(("hb-medium", "hb-hard", "metaworld", "hb-medium-6", "hb-medium-pretrain"), SIX),
     "hb-medium-3": SIX[:3], "hb-medium-9": [*SIX, *UNSEEN, "metaworld/window-close"],
-    **dict.fromkeys(("hb-medium-transfer", "hb-hard-transfer", "metaworld-transfer"), UNSEEN),
+    "hb-medium-transfer": UNSEEN,
     "mw-dmc": [*SIX[:4], *CARTPOLE, "dmc/walker-stand", "gym/Pendulum-v1"],  # rewards of 0 to 10, 0 to 1, -16 to 0
     "dmc-dogs": ["dmc/walker-stand", "dmc/walker-walk"], "dmc-humanoids": ["dmc/hopper-stand", "dmc/hopper-hop"],
     "shadowhand": ["shadowhand/block", "shadowhand/egg"], "shadowhand-transfer": ["shadowhand/pen"],
@@ -172,7 +185,7 @@ LAPTOP = Scale(
     name="laptop", suites={name: laptop_suite(name, tasks) for name, tasks in LAPTOP_TASKS.items()},
     benchmarks={"MetaWorld": ("hb-medium",)}, transfers={"MetaWorld": ("hb-medium-pretrain", "hb-medium-transfer")},
     widths=(32, 128), width=128, narrow=32, sac_width=128,
-    seeds=5, transfer_seeds=5, offline_seeds=5, offline_updates=2 * LAPTOP_STEPS,  # as many as online, two a step
+    seeds=5, transfer_seeds=5, offline_updates=2 * LAPTOP_STEPS,  # as many as online, two a step
     data_transfer_steps=LAPTOP_STEPS, mixed="mw-dmc", single_task_ablations=False,
     flags={
         SAC: words("--actor-width", 64, "--batch-size", 128, "--learning-starts", 500, "--initial-temperature", 0.01,
@@ -275,7 +288,7 @@ def figure1(scale: Scale) -> list[Run]:
                 mlp = {"width": scale.sac_width, "variant": ARCHITECTURES["vanilla MLP"]}
                 runs += single(scale, suite, panel, "SAC", **mlp)
                 runs += multi(scale, suite, panel, "MH-SAC*", width=mlp["width"], variant=(*mlp["variant"], *HEADS))
-            runs += single(scale, suite, panel, "BRC", seeds=None)
+            runs += single(scale, suite, panel, "BRC")
             runs += multi(scale, suite, panel, "BRC*")
     return runs
 
@@ -374,7 +387,7 @@ def figure12(scale: Scale) -> list[Run]:
         runs += online
         if width != scale.width:
             continue
-        for run in online[: scale.offline_seeds]:
+        for run in online:
             data = scale.offline_data or f"{{runs}}/{run.name}/replay"
             argv = ("--dataset", data, *words("--critic-width", width, "--total-updates", scale.offline_updates))
             argv += scale.flags.get(OFFLINE, ())
@@ -453,7 +466,7 @@ EXPERIMENTS = {
     "figure19": Experiment("DMC-Hard, every task", per_task("dmc-dogs", "dmc-humanoids"), BASELINES),
     "figure20": Experiment("MetaWorld, every task", per_task("metaworld"), BASELINES),
     "figure21": Experiment("ShadowHand, every task", per_task("shadowhand"), BASELINES),
-    "figure22": Experiment("MW+DMC, every task", lambda scale: multi(scale, "mw-dmc", "", "BRC*"), BASELINES),
+    "figure22": Experiment("MW+DMC, every task", figure7, BASELINES),
     "figure23": Experiment("Transfer, every task", figure2, "no Atari: the transfer script is SAC's"),
     "figure24": Experiment("Every pretrained embedding on every new task", figure24),
     "table1": Experiment("Model sizes", table1),

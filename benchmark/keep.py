@@ -4,7 +4,6 @@ Names the others.
 python benchmark/keep.py runs/laptop-* --out benchmark/results/laptop/runs
 """
 
-import csv
 import json
 import shutil
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from launch import Job, exit_with
+from launch import Job, diverged, exit_with, fail, last_step
 
 TABLES = ("args.json", "eval.csv", "embedding.csv", "heatmap.csv")
 
@@ -28,14 +27,12 @@ class Args:
 
 def finished(run: Path) -> bool:
     """Whether a run reached its end, or diverged before."""
+    if diverged(run) or Job.adapted(run):
+        return True
     try:
         args = json.loads((run / "args.json").read_text())
-        if "diverged_at" in args or Job.adapted(run):
-            return True
-        with (run / "eval.csv").open() as file:
-            last = int([row["step"] for row in csv.DictReader(file)][-1])
-        return last >= args["total_updates" if "total_updates" in args else "total_timesteps"]
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return last_step(run) >= args["total_updates" if "total_updates" in args else "total_timesteps"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -51,16 +48,14 @@ def keep(run: Path, out: Path) -> None:
 
 def main(args: Args) -> int:
     if missing := [run for run in args.runs if not run.is_dir()]:
-        print(f"error: {missing[0]} is no run directory", file=sys.stderr)
-        return 2
+        return fail(f"{missing[0]} is no run directory")
     whole = [run for run in args.runs if finished(run)]
     try:
         for run in whole:
             keep(run, args.out)
     except OSError as error:
         where, why = error.filename or args.out, error.strerror or error
-        print(f"error: cannot write {where}: {why}; choose another --out", file=sys.stderr)
-        return 2
+        return fail(f"cannot write {where}: {why}; choose another --out")
     print(f"kept {len(whole)} runs in {args.out}")
     if others := [run.name for run in args.runs if run not in whole]:
         print(f"not finished, left out: {', '.join(others)}", file=sys.stderr)

@@ -5,24 +5,23 @@
   python benchmark/launch.py figure4 --scale paper --executor slurm --partition gpu --timeout-min 1440
 
 Finished runs are skipped, stopped ones continue from their checkpoint, failed ones are reported with the last line of
-their log (RUN_DIR/log.txt) and start again when the same command is given again. Runs that several figures share are
-done once, and two launchers may share a run root. On Slurm every run is one job of an array with a GPU of its own; what
-is preempted, requeued or out of time writes a checkpoint and continues with --resume.
+their log (RUN_DIR/log.txt) and start again when the same command is given again, but for those that diverged, as they
+would again. Runs that several figures share are done once, and two launchers may share a run root. The exit status is 0
+if every run is finished.
 
 On a cluster, in an environment and a checkout that all nodes see, after pip install -r requirements.txt:
 
   python benchmark/launch.py figure4 --scale paper --executor slurm --partition gpu --account me --timeout-min 1440
-  squeue --me                                           # give the launch command again for what failed
+  squeue --me                                           # when it is empty, the launch command again for what failed
   python benchmark/plot.py figure4 --scale paper
 
-A run has a GPU of its own (--gpus-per-node 0: none). On preemption (scontrol requeue, or the signal --signal-delay-s
-before the time limit) it writes a checkpoint, is requeued, and continues; Slurm lets it wait two minutes first. Runs
-that read another run's directory start after it.
+Every run is one job of an array with a GPU of its own (--gpus-per-node 0: none). On preemption (scontrol requeue, or
+the signal --signal-delay-s before the time limit) it writes a checkpoint, is requeued, and continues; Slurm lets it
+wait two minutes first. Runs that read another run's directory start after it.
 """
 
 import contextlib
 import csv
-import fcntl
 import json
 import os
 import shlex
@@ -37,8 +36,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark"))
 
 
 @dataclass
@@ -95,7 +98,7 @@ class Job:
     """the repository"""
     after: list["Job"]
     """runs that must be finished first"""
-    read: bool = False
+    has_readers: bool = False
     """whether others read its directory, and so need what it writes after its last evaluation"""
 
     process = None
@@ -116,17 +119,15 @@ class Job:
             return self.adapted(directory)
         if self.length == 0:
             return (directory / "args.json").exists()
-        with contextlib.suppress(OSError, ValueError):
-            if "diverged_at" in json.loads((directory / "args.json").read_text()):
-                return True  # it would diverge again
-        try:
-            with (directory / "eval.csv").open() as file:
-                ended = int([row["step"] for row in csv.DictReader(file)][-1]) >= self.length
-        except (OSError, ValueError, IndexError, KeyError, TypeError):
-            return False
-        wanted = [directory / "checkpoints" / str(self.length)] * self.read
-        wanted += [directory / "replay"] * (self.read and "--save-replay" in self.command)
-        return ended and all(path.exists() for path in wanted)
+        wanted = [directory / "checkpoints" / str(self.length)] * self.has_readers
+        partial = []
+        if self.has_readers and "--save-replay" in self.command:
+            wanted.append(directory / "replay")
+            partial = list((directory / "replay").glob(".partial-*"))  # of a full disk, or a kill
+        # one that diverged would diverge again
+        return diverged(directory) or (
+            last_step(directory) >= self.length and not partial and all(path.exists() for path in wanted)
+        )
 
     @staticmethod
     def adapted(directory: Path) -> bool:
@@ -143,33 +144,40 @@ class Job:
 
     def runs_elsewhere(self) -> bool:
         """Whether another launcher runs it now."""
-        with contextlib.suppress(FileNotFoundError), Path(self.root, self.directory, ".lock").open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+        with contextlib.suppress(FileNotFoundError), Path(self.root, self.directory, ".lock").open() as file:
+            return not locked(file, exclusive=False)
         return False
 
-    def start(self) -> None:
-        """Starts or continues the run; its output is appended to RUN_DIR/log.txt. BlockingIOError: it runs already."""
+    def start(self) -> str:
+        """Starts or continues the run; its output is appended to RUN_DIR/log.txt. Returns '', or why it did not."""
         waiting = [job.name for job in self.after if job.state() != "finished"]
         if waiting:
-            raise RuntimeError(f"needs {', '.join(waiting)}, which is not finished")
+            return f"failed: needs {', '.join(waiting)}, which is not finished"
         directory = Path(self.root, self.directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.lock = (directory / ".lock").open("w")
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the kernel however this process ends
-        command = [self.command[0], "--resume", self.directory] if self.state() == "stopped" else self.command
-        with (directory / "log.txt").open("a") as log:
-            log.write(f"$ {shlex.join(['python', *command])}\n")
-            log.flush()
-            self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=self.root, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C reaches it once, through stop()
-                pass_fds=[self.lock.fileno()],  # the lock lasts as long as the script, whoever dies first
-                # Slurm signals every process of a job, and submitit's signal would end one that does not know it
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-            )  # fmt: skip
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.lock = (directory / ".lock").open("w")
+            if not locked(self.lock, exclusive=True):
+                return "skipped: another launcher runs it"
+            if (state := self.state()) == "finished":  # by another launcher, since this one began
+                return "finished"
+            command = [self.command[0], "--resume", self.directory] if state == "stopped" else self.command
+            with (directory / "log.txt").open("a") as log:
+                log.write(f"$ {shlex.join(['python', *command])}\n")
+                log.flush()
+                self.process = subprocess.Popen(
+                    [sys.executable, *command], cwd=self.root, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C reaches it once, through stop()
+                    pass_fds=[self.lock.fileno()],  # the lock lasts as long as the script, whoever dies first
+                    # Slurm signals every process of a job, and submitit's signal would end one that does not know it
+                    preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+                )  # fmt: skip
+            return ""
+        except OSError as error:  # a file in the way, a full disk, too many processes
+            return f"failed: cannot start it: {error}"
+        finally:
+            if self.lock and not self.process:
+                self.lock.close()
 
     def stop(self) -> None:
         """Asks the run, once, to write a checkpoint and end; a second signal would end it at once."""
@@ -188,9 +196,10 @@ class Job:
 
     def __call__(self) -> str:
         """Runs to the end inside a Slurm job. Raises RuntimeError for a run that failed."""
-        if self.state() == "finished":
-            return "finished"
-        self.start()
+        if reason := self.start():
+            if reason.startswith("failed"):
+                raise RuntimeError(f"{self.name}: {reason}")
+            return reason
 
         def terminated(signum, frame):  # Slurm sends it to the script as well
             self.terminated = True
@@ -214,10 +223,39 @@ class Job:
         return DelayedSubmission(replace(self))
 
 
+def diverged(directory: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return "diverged_at" in json.loads((directory / "args.json").read_text())
+    return False
+
+
+def last_step(directory: Path) -> int:
+    """Of eval.csv; -1 where there is none."""
+    try:
+        with (directory / "eval.csv").open() as file:
+            return int([row["step"] for row in csv.DictReader(file)][-1])
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return -1
+
+
+def locked(file, exclusive: bool) -> bool:
+    """Whether this process got the lock, which the kernel frees however it ends. Where there are no locks, it did."""
+    for seconds in (0.1, 0) if exclusive else (0,):  # another launcher may only be looking whether it is free
+        try:
+            if fcntl:
+                fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(seconds)
+        except OSError:  # a file system without locks
+            return True
+    return False
+
+
 # --------------------------------------------------------------------------------------------------------- estimate
 
-# Seconds per vector step of the environments alone (results/README.md: 2 cores; 16 cores step 6 times as many), and
-# what is added to them: the updates' operations over a rate, here that of one CPU core and of an A100 in float32.
+# Seconds per step of one task's environment (results/README.md: 2 cores), and the rate at which updates are computed,
+# here that of one CPU core and of an A100 in float32. The longer of the two is what a vector step takes.
 ENV_SECONDS = {"metaworld": 1.4e-4, "dmc": 3e-4, "humanoidbench": 1.2e-3, "shadowhand": 1e-3, "atari": 6e-4,
                "gym": 1e-4}  # fmt: skip
 OPERATIONS_PER_SECOND = {"laptop": 5e10, "paper": 4e13}
@@ -228,7 +266,7 @@ DIMENSIONS = {"metaworld": 43, "dmc": 88, "humanoidbench": 369, "shadowhand": 88
 def estimated_hours(run, tasks: tuple[str, ...], scale: str) -> float:
     """Hours of one run, right within a factor of two or three: it is for deciding what to start."""
     family = tasks[0].partition("/")[0]
-    batch = int(run.flag("--batch-size", "256" if family == "atari" else "1024"))
+    batch = int(run.flag("--batch-size", "256" if family == "atari" or len(tasks) == 1 else "1024"))
     width = run.width or int(run.flag("--critic-width", "512"))
     if family == "atari":
         c = [int(word) for word in run.argv[run.argv.index("--encoder-channels") + 1 :][:3]] if (
@@ -243,19 +281,11 @@ def estimated_hours(run, tasks: tuple[str, ...], scale: str) -> float:
         actor_width = int(run.flag("--actor-width", "256"))
         actor = (DIMENSIONS[family] + 32) * actor_width + 2 * actor_width**2
         products = 12 * critic + 4 * actor
-    update = 2 * 2 * batch * products / OPERATIONS_PER_SECOND[scale] + 2e-3
-    environments = len(tasks) * ENV_SECONDS[family]
+    offline = run.length_unit == "updates"
+    updates = 1 if offline else 2
+    update = updates * 2 * batch * products / OPERATIONS_PER_SECOND[scale] + 2e-3
+    environments = 0 if offline else len(tasks) * ENV_SECONDS[family]
     return (START_SECONDS[scale] + run.length * max(update, environments)) / 3600
-
-
-def tasks_of(run, scale) -> tuple[str, ...]:
-    """Tasks of a run, as its command line names them."""
-    if "--suite" in run.argv:
-        return scale.suites[run.flag("--suite")].tasks
-    if "--env-ids" in run.argv:
-        words = run.argv[run.argv.index("--env-ids") + 1 :]
-        return words[: next((i for i, word in enumerate(words) if word.startswith("--")), len(words))]
-    return scale.suites["mw-dmc"].tasks  # offline: of the data
 
 
 # -------------------------------------------------------------------------------------------------------- executors
@@ -264,13 +294,8 @@ def tasks_of(run, scale) -> tuple[str, ...]:
 def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
     """Runs jobs in their order, so many at a time; returns name -> outcome. A signal stops them with checkpoints."""
     waiting, running, outcomes, stopping = list(jobs), [], {}, []
-
-    def stop(signum, frame):
-        stopping.append(signum)
-        for job in running:
-            job.stop()
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    ask_to_stop = lambda signum, frame: stopping.append(signum)  # noqa: E731
+    before = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     started_at = time.time()
     while running or (waiting and not stopping):
         while waiting and len(running) < at_a_time and not stopping:
@@ -280,20 +305,14 @@ def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
             if job is None:
                 break
             waiting.remove(job)
-            try:
-                if job.state() == "finished":  # by another launcher, since this one began
-                    outcomes[job.name] = "finished"
-                    continue
-                job.start()
-            except BlockingIOError:
-                outcomes[job.name] = "skipped: another launcher runs it"
-            except RuntimeError as error:
-                outcomes[job.name] = f"failed: {error}"
+            if reason := job.start():
+                outcomes[job.name] = reason
+                print(f"{job.name}: {reason}", flush=True)
             else:
                 running.append(job)
-                continue
-            print(f"{job.name}: {outcomes[job.name]}", flush=True)
         time.sleep(0.2)
+        for job in running if stopping else ():
+            job.stop()
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
             outcomes[job.name] = job.outcome()
@@ -376,7 +395,7 @@ def main(args: Args) -> int:
         command = run.command(args.run_root, args.data)
         job = jobs[run.name] = Job(run.name, command, run.length, f"{args.run_root}/{run.name}", str(ROOT), after)
         for source in after:
-            source.read |= job.state() != "finished"
+            source.has_readers |= job.state() != "finished"
     open_runs = [run for run in runs if jobs[run.name].state() != "finished"]
     for name in args.experiments:
         note = EXPERIMENTS[name].note
@@ -387,11 +406,13 @@ def main(args: Args) -> int:
             state = job.state()
             command = run.command(args.run_root, args.data, resume=state == "stopped")
             print("# finished: " * (state == "finished") + shlex.join(["python", *command]))
-    hours = sum(estimated_hours(run, tasks_of(run, scale), scale.name) for run in open_runs)
+    hours = sum(estimated_hours(run, run.tasks(scale), scale.name) for run in open_runs)
     where = {"laptop": "core-hours", "paper": "GPU-hours"}[scale.name]
     print(f"# {len(runs)} runs, {len(runs) - len(open_runs)} finished; about {hours:,.1f} {where} to do", flush=True)
     if args.dry_run or not open_runs:
         return 0
+    if not fcntl:
+        return fail("runs are started on Linux and macOS; here --dry-run shows the commands")
     try:
         (ROOT / args.run_root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -411,9 +432,9 @@ def main(args: Args) -> int:
     print(", ".join(f"{count} {word}" for word, count in counts.items() if count))
     for name, outcome in failed.items():
         print(f"{name}: {outcome}\n  log: {args.run_root}/{name}/log.txt", file=sys.stderr)
-    if failed or counts["stopped"] or counts["not started"]:
+    if counts["finished"] < len(outcomes):
         print("give the same command again to continue", file=sys.stderr)
-    return 1 if failed else 0
+    return int(counts["finished"] < len(outcomes))
 
 
 if __name__ == "__main__":

@@ -28,16 +28,14 @@ from typing import Annotated, Literal
 import matplotlib
 import numpy as np
 import pandas as pd
-import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import scores
+import tyro
 from experiments import EXPERIMENTS, OFFLINE, SCALES, Run, Scale
-from launch import exit_with, tasks_of
+from launch import exit_with, fail
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 PAPER_TABLES = Path(__file__).resolve().parent / "paper"
 NOT_PART_OF_GROUP = (
@@ -96,7 +94,7 @@ class Data:
         tasks = {}
         for run in self.runs:
             if run.panel == panel and (label is None or run.label == label) and (x is None or run.x == x):
-                tasks |= dict.fromkeys(tasks_of(run, self.scale))
+                tasks |= dict.fromkeys(run.tasks(self.scale))
         return list(tasks)
 
     def panels(self) -> list[str]:
@@ -105,20 +103,22 @@ class Data:
     def labels(self, panel: str | None = None) -> list[str]:
         return list(dict.fromkeys(run.label for run in self.runs if panel is None or run.panel == panel))
 
-    def statistics(self, step: int | None = None) -> list[tuple[Run, dict[str, np.ndarray]]]:
-        """statistics/<step>.npz of runs that log them (default: of each run's last step)."""
+    def color(self, label: str) -> str:
+        """The same in every panel; published agents come after ours."""
+        names = [*(name for name in self.labels() if name != "pretraining"), *self.reference["agent"].unique()]
+        return f"C{names.index(label) % 10}"
+
+    def statistics(self) -> list[tuple[Run, dict[str, np.ndarray]]]:
+        """Of the last step of runs that log them."""
         found = []
         for run in self.runs:
             if "--log-task-statistics" not in run.argv or not (self.root / run.name).is_dir():
                 continue
-            path = self.root / run.name / "statistics" / f"{run.length if step is None else step}.npz"
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    found.append((run, dict(file)))
-            except FileNotFoundError:
-                self.notes.append(f"{run.name}: no statistics/{path.name}")
-            except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-                self.notes.append(f"{run.name}: damaged statistics/{path.name}: {error}")
+            arrays, problem = scores.read_statistics(self.root / run.name / "statistics" / f"{run.length}.npz")
+            if problem:
+                self.notes.append(f"{run.name}: {problem}")
+            else:
+                found.append((run, arrays))
         return found
 
 
@@ -143,6 +143,12 @@ def summarize(data: Data, rows: pd.DataFrame, by=("panel", "label", "x"), planne
             continue
         out.append({**named, "parameters": group["parameters"].mean(), **scores.summary(matrix, data.reps)})
     return pd.DataFrame(out, columns=[*by, "parameters", "tasks", "seeds", *STATISTIC_COLUMNS])
+
+
+def incomplete(rows: pd.DataFrame, planned: int) -> str:
+    """'', or how many of the planned tasks rows have, as a mean over these could not stand beside the others."""
+    found = rows["task"].nunique()
+    return f"{found} of {planned} tasks have a run" if found < planned else ""
 
 
 def published_summary(data: Data, panel: str, tasks: list[str]) -> pd.DataFrame:
@@ -208,18 +214,16 @@ def draw_line(axis, x, curve: pd.DataFrame, label: str, color: str, **style) -> 
 def curve_axes(data: Data, axis, panel: str, ours: dict[str, pd.DataFrame], tasks: list[str], column: str) -> None:
     """Ours as lines, published curves dashed; the steps are logarithmic where the published ones go much further."""
     end = max([int(curve["step"].max()) for curve in ours.values() if len(curve)], default=0)
-    for index, (label, curve) in enumerate(ours.items()):
+    for label, curve in ours.items():
         if len(curve):
-            draw_line(axis, curve["step"], curve, label, f"C{index}", marker=".")
+            draw_line(axis, curve["step"], curve, label, data.color(label), marker=".")
     column = {"return": "value", "success": "value"}.get(column, column)
-    agents = list(data.reference["agent"].unique())
     for agent, rows in published_on(data.reference, tasks).items():
-        color = f"C{(len(ours) + agents.index(agent)) % 10}"  # the same in every panel
         if data.scale.name == "paper":
             rows = rows[rows["step"] <= max(run.length for run in data.runs if run.panel == panel)]
         curve = scores.mean_curve(rows, data.reps, column)
         if len(curve):
-            draw_line(axis, curve["step"], curve, agent, color, linestyle="--", linewidth=1)
+            draw_line(axis, curve["step"], curve, agent, data.color(agent), linestyle="--", linewidth=1)
             if 0 < 4 * end < curve["step"].max():
                 axis.set_xscale("symlog", linthresh=end / 4)
     axis.set_xlabel("environment steps per task", fontsize=8)
@@ -269,7 +273,7 @@ def stability(data: Data):
     found = defaultdict(list)
     for run, arrays in data.statistics():
         for name in ("td_loss", "gradient_norm", "entropy"):
-            found[run.panel, run.label, name].append(arrays[name].std() / max(abs(arrays[name].mean()), 1e-12))
+            found[run.panel, run.label, name].append(scores.spread(arrays[name]))
     table = summarize(data, data.final, ("panel", "label"))
     logged = list(dict.fromkeys(panel for panel, _, _ in found)) or ["multi-task"]
     panels = [panel for panel in data.panels() if panel in set(table["panel"])]
@@ -298,7 +302,7 @@ def draw_scaling(axis, table: pd.DataFrame, title: str, ylabel: str = "final sco
         axis.errorbar(rows["parameters"], rows["mean"], error_bars(rows), label=label, marker="o", capsize=3,
                       color=f"C{labels.index(label)}")  # fmt: skip
     axis.set_xscale("log")
-    axis.set_xticks(table.groupby("x")["parameters"].mean(), minor=False)  # one for every width
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("parameters of critics and targets")
@@ -328,8 +332,8 @@ def conflicts(data: Data):
     table = summarize(data, data.final)
     rates = defaultdict(list)
     for run, arrays in data.statistics():
-        pairs = np.triu_indices(len(arrays["task"]), 1)
-        rates[run.label, run.x].append((arrays["gradient_cosine"][pairs] < 0).mean())
+        if np.isfinite(rate := scores.conflicts(arrays)):
+            rates[run.label, run.x].append(rate)
     sizes = {(row.label, row.x): row.parameters for row in table.itertuples()}
     rows = []
     for (label, x), values in rates.items():
@@ -338,8 +342,9 @@ def conflicts(data: Data):
                      "seeds": len(values), "mean": mean[0], "mean_low": low[0], "mean_high": high[0]})  # fmt: skip
     rate_table = pd.DataFrame(rows, columns=["panel", "label", "x", "parameters", "seeds", *STATISTIC_COLUMNS[:3]])
     figure, axes = new_figure(1, 2, 4.6)
-    draw_scaling(axes[0, 0], table, "performance")
-    draw_scaling(axes[0, 1], rate_table, "gradient conflicts (multi-task)", "share of task pairs with negative cosine")
+    draw_scaling(axes[0, 0], table, "performance", labels=data.labels())
+    axis, title = axes[0, 1], "gradient conflicts (multi-task)"
+    draw_scaling(axis, rate_table, title, "share of task pairs with negative cosine", data.labels())
     tables = [part for part in (table.assign(panel="final score"), rate_table) if len(part)]
     return figure, pd.concat(tables, ignore_index=True) if tables else table
 
@@ -411,25 +416,25 @@ def curves(data: Data, updates: bool = False):
         here = rows[rows["panel"] == panel]
         ours = {}
         for label in data.labels(panel):
-            rows_of_label, wanted = here[here["label"] == label], data.planned(panel, label)
-            if rows_of_label["task"].nunique() == len(wanted):
+            rows_of_label = here[here["label"] == label]
+            lacks = incomplete(rows_of_label, len(data.planned(panel, label)))
+            if lacks and len(rows_of_label):
+                data.notes.append(f"{panel} {label}: no mean curve, {lacks}")
+            elif not lacks:
                 ours[label] = scores.mean_curve(rows_of_label, data.reps)
-            elif len(rows_of_label):
-                found = rows_of_label["task"].nunique()
-                data.notes.append(f"{panel} {label}: no mean curve, {found} of {len(wanted)} tasks have a run")
         curve_axes(data, axis, panel, ours, data.planned(panel), "score")
         axis.set_title(panel, fontsize=10)
         axis.set_ylabel("score")
         axis.legend(fontsize=7)
         if updates:
             axis = axes[0, -1]
-            for index, (label, curve) in enumerate(ours.items()):
+            for label, curve in ours.items():
                 # all agents of a seed together: single-task ones update once per task
                 per_seed = here[here["label"] == label].drop_duplicates(["run", "step"]).groupby(["step", "seed"])
                 total = per_seed["updates"].sum().groupby("step").max()
                 curve = curve[curve["step"].map(total) > 0]
                 if len(curve):
-                    draw_line(axis, curve["step"].map(total), curve, label, f"C{index}", marker=".")
+                    draw_line(axis, curve["step"].map(total), curve, label, data.color(label), marker=".")
             axis.set_xlabel("gradient steps for all tasks together", fontsize=8)
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
@@ -443,7 +448,7 @@ def curves(data: Data, updates: bool = False):
 def per_task(data: Data):
     """Figures 17-23: unnormalized curves of every task, success rate or return."""
     rows = data.table[data.table["label"] != "pretraining"]
-    tasks = list(dict.fromkeys(t for r in data.runs if r.label != "pretraining" for t in tasks_of(r, data.scale)))
+    tasks = list(dict.fromkeys(t for r in data.runs if r.label != "pretraining" for t in r.tasks(data.scale)))
     columns = min(len(tasks), 5)
     figure, axes = new_figure(-(-len(tasks) // columns), columns, 2.8, 2.3)
     out = []
@@ -452,7 +457,7 @@ def per_task(data: Data):
         value = "success" if task.startswith(("metaworld/", "shadowhand/")) else "return"
         labels = [label for label in data.labels() if label != "pretraining"]
         ours = {label: scores.mean_curve(here[here["label"] == label], data.reps, value) for label in labels}
-        panel = next(run.panel for run in data.runs if task in tasks_of(run, data.scale))
+        panel = next(run.panel for run in data.runs if task in run.tasks(data.scale))
         curve_axes(data, axis, panel, ours, [task], value)
         axis.set_title(task, fontsize=8)
         for label, curve in ours.items():
@@ -506,11 +511,16 @@ def protocols(data: Data):
     rows = rows[rows["step"] <= data.scale.data_transfer_steps]
     figure, axes = new_figure(1, 2, 4.6)
     out = []
-    for index, label in enumerate(label for label in data.labels() if label in set(rows["label"])):
+    for label in (label for label in data.labels() if label in set(rows["label"])):
         here = rows[rows["label"] == label]
-        curve = scores.mean_curve(here.assign(task=here["panel"] + " " + here["task"]), data.reps)
+        here = here.assign(task=here["panel"] + " " + here["task"])
+        planned = sum(len(data.planned(panel, label)) for panel in data.panels())
+        if lacks := incomplete(here, planned):
+            data.notes.append(f"{label}: no mean curve, {lacks}")
+            continue
+        curve = scores.mean_curve(here, data.reps)
         if len(curve):
-            draw_line(axes[0, 0], curve["step"], curve, label, f"C{index}", marker=".")
+            draw_line(axes[0, 0], curve["step"], curve, label, data.color(label), marker=".")
             last = curve.iloc[-1]
             out.append({"panel": "curves", "label": label, "step": int(last["step"]), "seeds": int(last["seeds"]),
                         "mean": last["mean"], "mean_low": last["low"], "mean_high": last["high"]})  # fmt: skip
@@ -519,8 +529,11 @@ def protocols(data: Data):
     axes[0, 0].grid(alpha=0.3)
     embeddings = read_embedding_runs(data, "embedding.csv")
     for method, found in embeddings.groupby("method", sort=False) if len(embeddings) else ():
-        matrix, tasks = scores.score_matrix(found.rename(columns={"target": "task"}))
-        if tasks:
+        found = found.rename(columns={"target": "task"})
+        matrix, tasks = scores.score_matrix(found)
+        if lacks := incomplete(found, len(data.planned("embedding", "embedding transfer"))):
+            data.notes.append(f"embedding transfer, {method}: no mean, {lacks}")
+        elif tasks:
             out.append({"panel": "embedding transfer", "label": method, **scores.summary(matrix, data.reps)})
     table = pd.DataFrame(out)
     if out:
@@ -571,7 +584,7 @@ def offline(data: Data):
         for share in (0.5, 0.75, 1.0):
             for x, here in data.table[data.table["label"].str.contains("online")].groupby("x"):
                 curve = scores.mean_curve(here, 1)
-                reached = curve[curve["mean"] >= share * score]
+                reached = curve[(curve["mean"] >= share * score) & (curve["step"] > 0)]  # the axes are logarithmic
                 rows.append({"panel": f"steps to {share:.0%} of {goal}", "label": "BRC* (online)", "x": x,
                              "parameters": here["parameters"].mean(),
                              "step": reached["step"].min() if len(reached) else np.nan})  # fmt: skip
@@ -698,8 +711,9 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
     if "seeds" in ours and ours["seeds"].notna().any():
         least, most = int(ours["seeds"].min()), int(ours["seeds"].max())
         title += f", {least if least == most else f'{least}-{most}'} seeds"
-    if lengths := {run.length for run in runs if run.length}:
-        title += f", {' / '.join(f'{length:,}' for length in sorted(lengths))} steps"
+    for unit in ("steps", "updates"):
+        if lengths := {run.length for run in runs if run.length and run.length_unit == unit}:
+            title += f", {' / '.join(f'{length:,}' for length in sorted(lengths))} {unit}"
     if figure:
         figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * 13)), fontsize=10)
         for suffix in (".png", ".pdf"):
@@ -716,6 +730,14 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
 
 
 # ----------------------------------------------------------------------------------------- curves of any runs
+
+
+def score_name(tasks: list[str]) -> str:
+    """What their score is (E.3)."""
+    names = {"dmc": "return / 1000", "metaworld": "success", "shadowhand": "success", "gym": "return",
+             "atari": "human-normalized score", "humanoidbench": "normalized score"}  # fmt: skip
+    found = {names.get(task.partition("/")[0], "score") for task in tasks}
+    return found.pop() if len(found) == 1 else "score"
 
 
 def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]]]:
@@ -758,6 +780,7 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
             groups[names[group]].append((seed, curves))
     if not groups:
         return fail("no run could be read")
+    unit = "updates" if all('"total_updates"' in group for group in names) else "steps"
     tasks = list(dict.fromkeys(task for runs in groups.values() for _, curves in runs for task in curves))
     ours = [curves for runs in groups.values() for _, curves in runs]
     end = max(step for curves in ours for points in curves.values() for step, _ in points)
@@ -792,16 +815,16 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
                 print(f"{panel}: {label}, mean of steps that all {len(lines)} seeds have, {until}", file=sys.stderr)
             mean = [np.mean([line[step] for line in lines]) for step in shared]
             style = {"color": f"C{index}", "linewidth": 2.2, "linestyle": "--" if label in published else "-"}
-            style["marker"] = "D" if len(shared) == 1 else None  # one evaluation: a line would not be seen
+            style["marker"] = "D" if len(shared) == 1 else "." if len(shared) < 10 else None
             label = f"{label} ({len(lines)} seed{'s' * (len(lines) > 1)})"
             axis.plot(np.array(shared) / 1e3, mean, label=label, **style)
         axis.set_title(panel, fontsize=9)
-        axis.set_xlabel("thousand steps", fontsize=8)
+        axis.set_xlabel(f"thousand {unit}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    axes[0, 0].set_ylabel("score", fontsize=8)
+    axes[0, 0].set_ylabel(score_name(tasks), fontsize=8)
     legend = {}  # by color: what has no mean over all tasks is named by its own panel, the rest by the last one
     for axis in axes.flat:
         legend |= {line.get_color(): (line, name) for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -815,11 +838,6 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-
-
-def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 def read_references(paths: tuple[Path, ...]) -> pd.DataFrame:

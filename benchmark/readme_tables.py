@@ -32,8 +32,16 @@ def mean_of(run: Path, column: str, steps=None, task: str = "") -> float:
     return float(np.mean(values))
 
 
-def two(value: float) -> str:
+def short(value: float) -> str:
+    """.57 of 0.5723."""
     return f"{value:.2f}".removeprefix("0")
+
+
+def with_interval(more, less, paired: bool, digits: int = 3) -> str:
+    """Mean difference and its 95% interval: paired t or Welch's."""
+    test = ttest_rel(more, less) if paired else ttest_ind(more, less, equal_var=False)
+    numbers = np.mean(more) - np.mean(less), *test.confidence_interval()
+    return "{} ({} to {})".format(*(f"{number:+.{digits}f}" for number in numbers))
 
 
 def first_command(folder: str, seeds: tuple[int, ...], steps: tuple[int, ...]) -> list[list[str]]:
@@ -67,7 +75,7 @@ def offline() -> list[list[str]]:
         runs = [RESULTS / f"offline/{name}__{seed}" for seed in (1, 2, 3)]
         success = [mean_of(run, "success", steps) for run in runs]
         returns = [np.mean([mean_of(run, "return", steps, task) for run in runs]) for task in ("", *tasks)]
-        cells = [" ".join(map(two, success)), two(np.mean(success)), *(f"{value:.0f}" for value in returns)]
+        cells = [" ".join(map(short, success)), short(np.mean(success)), *(f"{value:.0f}" for value in returns)]
         rows.append([label, *cells])
     run = RESULTS / "offline/online/pretrain6"
     for step, label in ((25000, "the online agent when the data end (25k steps, 10 episodes)"),
@@ -75,7 +83,7 @@ def offline() -> list[list[str]]:
         success, returns = (
             [mean_of(run, column, [step], f"/{task}") for task in tasks] for column in ("success", "return")
         )
-        rows.append([label, f"{np.mean(success):.2f}".removeprefix("0"), "",
+        rows.append([label, short(np.mean(success)), "",
                      *(f"{value:.0f}" for value in [np.mean(returns), *returns])])  # fmt: skip
     return rows
 
@@ -95,7 +103,7 @@ def offline_fresh() -> list[list[str]]:
         cells = []
         for table in ("eval.csv", "actor.csv"):
             found = [success_from(run / table, 8500) for run in runs]
-            cells += [" ".join(map(two, found)), f"{two(np.mean(found))} (sd {two(np.std(found, ddof=1))})"]
+            cells += [" ".join(map(short, found)), f"{short(np.mean(found))} (sd {short(np.std(found, ddof=1))})"]
         rows.append([label, *cells])
     return rows
 
@@ -109,9 +117,8 @@ def averaged_actor() -> list[list[str]]:
     ):
         runs = sorted((RESULTS / "offline/fresh").glob(pattern))
         by_average, by_actor = (np.array([success_from(run / table, first_step) for run in runs]) for table in tables)
-        interval = ttest_rel(by_average, by_actor).confidence_interval()
-        difference = f"{np.mean(by_average - by_actor):+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
-        rows.append([label, str(len(runs)), two(np.mean(by_average)), two(np.mean(by_actor)), difference])
+        difference = with_interval(by_average, by_actor, paired=True)
+        rows.append([label, str(len(runs)), short(np.mean(by_average)), short(np.mean(by_actor)), difference])
     return rows
 
 
@@ -121,8 +128,8 @@ def bfloat16() -> list[list[str]]:
     for label, folder in (("float32", "readme"), ("bfloat16", "bfloat16")):
         runs = [RESULTS / folder / f"seed-{seed}" for seed in (1, 2, 3)]
         found = [success_from(run / "eval.csv", 15000) for run in runs]
-        at = [two(np.mean([mean_of(run, "success", [step]) for run in runs])) for step in (5000, 10000, 20000, 30000)]
-        rows.append([label, *at, " ".join(map(two, found)), two(np.mean(found))])
+        at = [short(np.mean([mean_of(run, "success", [step]) for run in runs])) for step in (5000, 10000, 20000, 30000)]
+        rows.append([label, *at, " ".join(map(short, found)), short(np.mean(found))])
     return rows
 
 
@@ -146,7 +153,7 @@ def selection() -> list[list[str]]:
                 found = [t for t in trials if (t["experiment"], t["family"], t["budget"], t["rule"])
                          == (experiment, family, budget, rule)]  # fmt: skip
                 chosen, best = (sum(float(t[column]) for t in found) for column in ("its_value", "best_value"))
-                cells.append(two(chosen / best) if found else "")
+                cells.append(short(chosen / best) if found else "")
         rows.append([label, *cells])
     return rows
 
@@ -164,7 +171,7 @@ def embeddings(folder: str, seeds: tuple[int, ...]) -> dict[str, list[str]]:
                 for row in csv.DictReader(file):
                     if row["target"] == f"metaworld/{task}":
                         found[row["method"]].append(float(row["success"]))
-        rows[task] = [two(np.mean(values)) for values in found.values()]
+        rows[task] = [short(np.mean(values)) for values in found.values()]
     return rows
 
 
@@ -175,7 +182,7 @@ def transfer_before() -> list[list[str]]:
         for protocol in ("model", "data", "scratch"):
             learners = [runs / f"{task}-{protocol}__{seed}" for seed in (11, 12, 13)]
             found = [mean_of(run, "success") for run in learners if run.exists()]
-            cells.append(two(np.mean(found)) if found else "")
+            cells.append(short(np.mean(found)) if found else "")
         rows.append([f"`{task}`", *cells])
     return rows
 
@@ -193,8 +200,8 @@ def transfer() -> list[list[str]]:
             runs = [RESULTS / f"transfer/fresh/{name}__{seed}" for seed in (21, 22, 23)]
             last = [mean_of(run, "success") for run in runs]
             all_of_them = [success_from(run / "eval.csv", 1000) for run in runs]
-            cells = [cell for found in (last, all_of_them) for cell in (" ".join(map(two, found)), two(np.mean(found)))]
-            rows.append([f"`{task}`", label, *cells])
+            cells = [[" ".join(map(short, found)), short(np.mean(found))] for found in (last, all_of_them)]
+            rows.append([f"`{task}`", label, *cells[0], *cells[1]])
     return rows
 
 
@@ -203,12 +210,10 @@ def cloning_by_likelihood() -> list[list[str]]:
     rows, means = [], {}
     for name, label in (("mse", "`mse` (the default)"), ("nll", "`nll`")):
         runs = [RESULTS / f"offline/nll/{name}-0.03__{seed}" for seed in range(21, 26)]
-        means[name] = np.array([success_from(run / "eval.csv", 8500) for run in runs])
-        rows.append(
-            [label, " ".join(map(two, means[name])), f"{two(means[name].mean())} (sd {two(means[name].std(ddof=1))})"]
-        )
-    interval = ttest_rel(means["nll"], means["mse"]).confidence_interval()
-    difference = f"{np.mean(means['nll'] - means['mse']):+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+        means[name] = found = [success_from(run / "eval.csv", 8500) for run in runs]
+        mean = f"{short(np.mean(found))} (sd {short(np.std(found, ddof=1))})"
+        rows.append([label, " ".join(map(short, found)), mean])
+    difference = with_interval(means["nll"], means["mse"], paired=True, digits=2)
     return [*rows, ["`nll` less `mse`, paired", "", difference]]
 
 
@@ -225,10 +230,8 @@ def variants() -> list[list[str]]:
             [mean_of(RESULTS / f"variants/runs/{name}-{variant}-{seed + 1}", "score", steps) for seed in range(seeds)]
             for variant in ("paper", "released-code")
         ]
-        interval = ttest_ind(*scores, equal_var=False).confidence_interval()
-        cells = [f"{np.mean(s):.3f} ({' '.join(f'{value:.2f}'.removeprefix('0') for value in s)})" for s in scores]
-        difference = f"{np.mean(scores[0]) - np.mean(scores[1]):+.3f}"
-        rows.append([f"`{name}`", *cells, f"{difference} ({interval.low:+.3f} to {interval.high:+.3f})"])
+        cells = [f"{np.mean(s):.3f} ({' '.join(map(short, s))})" for s in scores]
+        rows.append([f"`{name}`", *cells, with_interval(*scores, paired=False)])
     return rows
 
 
@@ -256,23 +259,21 @@ def finger_spin() -> list[list[str]]:
 
 
 def laptop_beside_the_released_code() -> list[list[str]]:
-    """laptop/README.md, seeds 1 to 5: mean score over the last three evaluations, and Welch's 95% interval of the
-    difference from the released code's."""
+    """laptop/README.md, seeds 1 to 5: mean score over the last three evaluations, and 95% intervals of the difference
+    from the released code's, Welch's and paired by seed."""
     rows, steps = [], (10_000, 12_500, 15_000)
     labels = {"released": "the released code", "ours-variant": "ours, `--variant released-code`", "ours": "ours"}
-    for tasks, name in (("six", "six of Meta-World"), ("dmc", "four of DMC")):
+    padded = {"padded": "ours, `--variant released-code`, padding counted as theirs"}
+    for tasks, name, more in (("six", "six of Meta-World", {}), ("dmc", "four of DMC", padded)):
         theirs = None
-        for agent, label in labels.items():
+        for agent, label in (labels | more).items():
             runs = f"laptop/beside/{tasks}-{agent}-"
             if (tasks, agent) == ("six", "ours"):
                 runs = "laptop/runs/laptop-6-tasks-brc-128__19d68b__"
-            values, difference = [mean_of(RESULTS / f"{runs}{seed}", "score", steps) for seed in range(1, 6)], ""
-            if theirs:
-                interval = ttest_ind(values, theirs, equal_var=False).confidence_interval()
-                less = np.mean(values) - np.mean(theirs)
-                difference = f"{less:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+            values = [mean_of(RESULTS / f"{runs}{seed}", "score", steps) for seed in range(1, 6)]
+            cells = [with_interval(values, theirs, paired, 2) if theirs else "" for paired in (False, True)]
             theirs = theirs or values
-            rows.append([name, label, " ".join(map(two, values)), two(np.mean(values)), difference])
+            rows.append([name, label, " ".join(map(short, values)), short(np.mean(values)), *cells])
     return rows
 
 
@@ -291,7 +292,7 @@ def atari_cpu() -> list[list[str]]:
 
 TABLES = {
     "first command": partial(first_command, "readme", (1, 2, 3, 4, 5), (0, 5000, 10000, 15000, 20000, 30000)),
-    "first command before November 2026": partial(
+    "first command, before": partial(
         first_command, "readme/before", (1, 2, 3), (0, 15000, 30000, 40000)
     ),
     "four DMC tasks": dmc4, "offline": offline, "transfer": transfer, "transfer, before": transfer_before,

@@ -42,6 +42,8 @@ def train(code: Path, args: sac.Args) -> None:
 
     tasks, steps = sac.resolve_tasks(args.suite, args.env_ids)
     args.total_timesteps = steps if args.total_timesteps is None else args.total_timesteps
+    if args.total_timesteps == 0:
+        raise sac.UserError("--total-timesteps 0: this script does nothing but train")
     args.batch_size = args.batch_size or (1024 if len(tasks) > 1 else 256)
     args.exp_name = "released-code"
     with sac.Run(args, args.suite or tasks[0], args.total_timesteps) as run:

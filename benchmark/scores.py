@@ -10,8 +10,8 @@ import json
 import sys
 import warnings
 from functools import cache
-from itertools import combinations
-from math import comb
+from itertools import permutations
+from math import factorial
 from pathlib import Path
 
 import jax
@@ -318,12 +318,32 @@ def mean_curve(table: pd.DataFrame, reps: int, column: str = "score") -> pd.Data
 
 def shapley_values(values: dict[frozenset, float], players: list[str]) -> dict[str, float]:
     """Exact Shapley values: a player's mean contribution over all orders in which the players could come (Shapley,
-    1953), as the weighted sum over the sets without the player. values: one for every set of players."""
-    result = {}
-    for player in players:
-        others = [other for other in players if other != player]
-        result[player] = sum(
-            (values[frozenset(group) | {player}] - values[frozenset(group)]) / comb(len(others), size) / len(players)
-            for size in range(len(players)) for group in combinations(others, size)
-        )  # fmt: skip
+    1953). values: one for every set of players."""
+    result = dict.fromkeys(players, 0.0)
+    for order in permutations(players):
+        for count, player in enumerate(order):
+            before = frozenset(order[:count])
+            result[player] += (values[before | {player}] - values[before]) / factorial(len(players))
     return result
+
+
+def read_statistics(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """A run's statistics/<step>.npz and what is wrong with it ('': nothing)."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays), ""
+    except FileNotFoundError:
+        return {}, f"no statistics/{path.name}"
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged or half-written file
+        return {}, f"damaged statistics/{path.name}: {error}"
+
+
+def spread(values: np.ndarray) -> float:
+    """sigma / mu over tasks (Figure 3, left)."""
+    return float(values.std() / max(abs(values.mean()), 1e-12))
+
+
+def conflicts(statistics: dict[str, np.ndarray]) -> float:
+    """Share of task pairs whose critic gradients have a negative cosine (Figure 5, right); NaN if one is unknown."""
+    cosines = statistics["gradient_cosine"][np.triu_indices(len(statistics["task"]), 1)]
+    return float((cosines < 0).mean()) if np.isfinite(cosines).all() else np.nan

@@ -3,6 +3,7 @@ unfinished, empty and damaged run directories."""
 
 import contextlib
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -48,7 +49,7 @@ import brc_sac_continuous as sac  # noqa: E402
 MODULES = {SAC: sac, DRQ: drq, OFFLINE: brc_offline_bc, TRANSFER: brc_embedding_transfer}
 PAPER = SCALES["paper"]
 # two seeds are as good here as five, and drawn in half the time
-LAPTOP = SCALES["laptop"] = replace(SCALES["laptop"], seeds=2, transfer_seeds=2, offline_seeds=2)
+LAPTOP = SCALES["laptop"] = replace(SCALES["laptop"], seeds=2, transfer_seeds=2)
 
 
 # --------------------------------------------------------------------------------------------------- experiments
@@ -66,7 +67,7 @@ def test_every_command_parses_with_its_script(scale):
             args = module.parse_args(argv)
             if script != OFFLINE:
                 tasks, steps = module.resolve_tasks(args.suite, args.env_ids)
-                assert tuple(tasks) == launch.tasks_of(run, SCALES[scale])
+                assert tuple(tasks) == run.tasks(SCALES[scale])
             if script in (SAC, DRQ):
                 assert run.length == (steps if args.total_timesteps is None else args.total_timesteps)
             if script == TRANSFER:
@@ -111,7 +112,7 @@ def test_paper_sizes():
 def test_runs_that_figures_share_are_one():
     figure1, figure4 = (
         {run.name for run in EXPERIMENTS[name].runs(LAPTOP) if run.label in ("BRC*", "BroNet (CE)") and len(
-            launch.tasks_of(run, LAPTOP)) > 1 and run.flag("--critic-width") == "128"}
+            run.tasks(LAPTOP)) > 1 and run.flag("--critic-width") == "128"}
         for name in ("figure1", "figure4")
     )  # fmt: skip
     assert figure1 == figure4 and len(figure1) == LAPTOP.seeds
@@ -216,17 +217,78 @@ def test_two_launchers_share_a_run_root(tmp_path):
     assert not (done / "log.txt").exists() and not (running / "log.txt").exists()
 
 
+def test_locks(monkeypatch, tmp_path):
+    """One that another launcher holds only to look whether it is free is had a moment later; without locks, always."""
+    with (tmp_path / ".lock").open("w") as file, (tmp_path / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not launch.locked(file, exclusive=True) and launch.locked(file, exclusive=False)
+        threading.Timer(0.05, other.close).start()
+        assert launch.locked(file, exclusive=True)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert launch.locked(None, exclusive=True) and launch.locked(None, exclusive=False)
+
+
+def test_a_run_that_cannot_start_leaves_the_others_alone(tmp_path, capsys):
+    (tmp_path / "script.py").write_text("")
+    (tmp_path / "blocked").write_text("a file in the way")
+    jobs = [launch.Job(name, ["script.py"], 60, name, str(tmp_path), []) for name in ("other", "blocked")]
+    outcomes = launch.run_local(jobs, 2)
+    assert outcomes["other"] == "stopped" and outcomes["blocked"].startswith("failed: cannot start it: [Errno ")
+    with pytest.raises(RuntimeError, match="blocked: failed: cannot start it"):
+        jobs[1]()  # on Slurm
+
+
+def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, own_signal_handlers):
+    class Late(launch.Job):
+        def start(self) -> str:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().start()
+
+    (tmp_path / "script.py").write_text(STOPPABLE.format(handles=False))
+    began = time.monotonic()
+    assert launch.run_local([Late("run", ["script.py"], 60, "run", str(tmp_path), [])], 1) == {"run": "stopped"}
+    assert time.monotonic() - began < 30
+
+
+def test_exit_status_tells_whether_every_run_is_finished(monkeypatch, tmp_path, capsys):
+    for outcome, status in (("finished", 0), ("stopped", 1), ("skipped: another launcher runs it", 1)):
+        monkeypatch.setattr(launch, "run_local", lambda jobs, _, o=outcome: dict.fromkeys((j.name for j in jobs), o))
+        assert launch.main(launch.Args(("figure7",), run_root=str(tmp_path))) == status
+        assert ("give the same command again" in capsys.readouterr().err) == bool(status)
+
+
+def test_estimated_hours():
+    """By the script's own batch, 256 for one task; offline by one update each, and no environments."""
+    wide = [run for run in EXPERIMENTS["figure4"].runs(PAPER) if run.x == 4096 and run.label == "BroNet (CE)"]
+    single, multi = (next(run for run in wide if len(run.tasks(PAPER)) == n) for n in (1, 9))
+    by_batch = {batch: launch.estimated_hours(replace(single, argv=(*single.argv, "--batch-size", batch)),
+                                              single.tasks(PAPER), "paper") for batch in ("256", "1024")}  # fmt: skip
+    assert launch.estimated_hours(single, single.tasks(PAPER), "paper") == by_batch["256"] < by_batch["1024"] / 3
+    assert launch.estimated_hours(multi, multi.tasks(PAPER), "paper") == pytest.approx(by_batch["1024"])
+    offline = next(run for run in EXPERIMENTS["figure12"].runs(PAPER) if run.script == OFFLINE)
+    hours = launch.estimated_hours(offline, offline.tasks(PAPER), "paper")
+    update = 2 * 1024 * (12 * ((43 + 32) * 4096 + 4 * 4096**2 + 101 * 4096) + 4 * ((43 + 32) * 256 + 2 * 256**2)) / 4e13
+    assert hours == pytest.approx((120 + 1_000_000 * (update + 2e-3)) / 3600)
+
+
 def test_a_run_that_others_read_is_finished_when_it_has_written_all(tmp_path):
     """Its last checkpoint and its replay come after its last evaluation. One that diverged is not begun again."""
     job = launch.Job("run", ["x.py", "--save-replay"], 60, "run", str(tmp_path), [])
     (tmp_path / "run" / "checkpoints" / "40").mkdir(parents=True)
     (tmp_path / "run" / "eval.csv").write_text(",".join(scores.EVAL_COLUMNS) + "\n60,0,1,x,1,1,,1\n")
     assert job.state() == "finished"
-    job.read = True
+    job.has_readers = True
     assert job.state() == "stopped"
     (tmp_path / "run" / "checkpoints" / "60").mkdir()
     assert job.state() == "stopped"
     (tmp_path / "run" / "replay").mkdir()
+    (tmp_path / "run" / "replay" / ".partial-x.npy").touch()  # of a full disk
+    assert job.state() == "stopped"
+    (tmp_path / "run" / "replay" / ".partial-x.npy").unlink()
     assert job.state() == "finished"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "args.json").write_text('{"diverged_at": 40}')
@@ -426,7 +488,7 @@ def test_table_1_is_what_the_script_builds():
 
 def write_run(root: Path, run: Run, value, part: float = 1.0) -> Path:
     """A run directory in the real layout, up to a part of its length; value(run, task, step) is the score."""
-    directory, tasks = root / run.name, launch.tasks_of(run, LAPTOP)
+    directory, tasks = root / run.name, run.tasks(LAPTOP)
     directory.mkdir(parents=True, exist_ok=True)
     env_info = {"num_tasks": len(tasks), "task_names": list(tasks), "observation_dim": 39, "action_dim": 4}
     saved = {"script": run.script.removesuffix(".py"), "critic_width": int(run.flag("--critic-width", "128")),
@@ -526,7 +588,7 @@ def two_tasks(monkeypatch) -> experiments.Scale:
 
 def expected_mean(runs: list[Run]) -> float:
     """Over the tasks that have a score."""
-    return np.mean([[known(run, task, run.length) for task in launch.tasks_of(run, LAPTOP) if scores.has_score(task)]
+    return np.mean([[known(run, task, run.length) for task in run.tasks(LAPTOP) if scores.has_score(task)]
                     for run in runs])  # fmt: skip
 
 
@@ -590,7 +652,7 @@ def test_claims(finished, monkeypatch, capsys, tmp_path):
         values = {}
         for run in EXPERIMENTS[figure].runs(LAPTOP):
             if run.label == label and all(getattr(run, name) == value for name, value in where.items()):
-                tasks = [task for task in launch.tasks_of(run, LAPTOP) if scores.has_score(task)]
+                tasks = [task for task in run.tasks(LAPTOP) if scores.has_score(task)]
                 values.setdefault(run.seed, []).append(np.mean([known(run, t, s) for t in tasks for s in steps]))
         return " ".join(f"{np.mean(found):.2f}" for found in values.values())
 
@@ -602,10 +664,12 @@ def test_claims(finished, monkeypatch, capsys, tmp_path):
     high, low = {1: 0.8, 2: 0.9}, {1: 0.1, 2: 0.2}
     assert claims.claim_row(1, "", high, low)[4:] == ["+0.700 (+0.396 to +1.004)", "seen"]  # t(2) = 4.303
     assert claims.claim_row(1, "", low, high)[5] == "contradicted"
-    assert claims.positive_row(6, "", high)[4] == "+0.850 (+0.215 to +1.485)"  # t(1) = 12.706
+    assert claims.claim_row(1, "", {1: 1.0, 2: 1.0}, {1: 0.0, 2: 0.0})[4:] == ["+1.000 (+1.000 to +1.000)", "seen"]
+    assert claims.claim_row(6, "", high)[4] == "+0.850 (+0.215 to +1.485)"  # t(1) = 12.706
     assert claims.claim_row(1, "", high, {1: 0.1})[2:] == ["0.80 0.90", "0.10", "", "1 seed"]
     monkeypatch.setattr(claims, "LAPTOP", replace(LAPTOP, seeds=5))
     assert claims.claim_row(1, "", high, low)[5] == "seen (2 of 5 seeds)"
+    assert claims.claim_row(1, "", {**high, 3: 0.85}, low)[5] == "seen (3 and 2 of 5 seeds)"
     assert claims.main(claims.Args(tmp_path)) == 0 and capsys.readouterr().out.count("| not run |") == 36
     assert claims.main(claims.Args(tmp_path / "none")) == 2 and capsys.readouterr().err.startswith("error: ")
 
@@ -625,7 +689,7 @@ def test_mean_over_all_panels(monkeypatch, tmp_path, capsys, two_tasks):
     assert list(whole.index) == ["MH-SAC*", "BRC", "BRC*"] and (whole["tasks"] == 4).all()
     for label, mean in whole["mean"].items():
         cells = [known(run, task, run.length) for run in runs if run.label == label and run.panel != "Atari"
-                 for task in launch.tasks_of(run, scale)]  # fmt: skip
+                 for task in run.tasks(scale)]  # fmt: skip
         assert mean == pytest.approx(np.mean(cells), abs=1e-5)
     assert set(table[table["panel"] == "Atari"]["label"]) == {"BRC", "BRC*"}
     assert "4 of 30 runs not started" in capsys.readouterr().err
@@ -656,7 +720,7 @@ def test_unfinished_and_damaged_runs(tmp_path, capsys, two_tasks):
     """Curves go as far as the runs did; final scores come from finished ones; every fault is named once."""
     root, by_label = tmp_path / "runs", {}
     for run in EXPERIMENTS["figure9"].runs(two_tasks):
-        by_label.setdefault((run.label, launch.tasks_of(run, LAPTOP)), {})[run.seed] = run
+        by_label.setdefault((run.label, run.tasks(LAPTOP)), {})[run.seed] = run
         write_run(root, run, known)
     (single_a, single_b), multi = [by_label[key] for key in by_label if key[0] == "BRC"], by_label[
         next(key for key in by_label if key[0] == "BRC*")]  # fmt: skip
@@ -677,10 +741,35 @@ def test_unfinished_and_damaged_runs(tmp_path, capsys, two_tasks):
     assert list(table["label"]) == ["BRC*"] and table["seeds"].item() == 1
     assert table["mean"].item() == pytest.approx(expected_mean([multi[1]]), abs=1e-5)
     per_task = table_of(tmp_path / "plots", "figure17").set_index(["label", "task"])
-    task = launch.tasks_of(single_a[1], LAPTOP)[0]
+    task = single_a[1].tasks(LAPTOP)[0]
     assert per_task.loc[("BRC", task), "seeds"] == 2  # args.json is not needed for a curve
     markdown = (tmp_path / "plots" / "figure9-laptop.md").read_text()
     assert "Missing:" in markdown and multi[2].name in markdown
+
+
+def test_transfer_to_fewer_tasks_is_no_mean(tmp_path, capsys):
+    """Figure 11: a curve over one of two new tasks could not stand beside those over both."""
+    planned = EXPERIMENTS["figure11"].runs(LAPTOP)
+    runs = [run for run in planned if run.label != "data transfer" or run.tasks(LAPTOP) == ("metaworld/reach-wall",)]
+    for run in runs:
+        write_run(tmp_path / "runs", run, lambda *_: 0.5)
+    assert draw("figure11", runs=tmp_path / "runs", out=tmp_path / "plots") == 0
+    assert "data transfer: no mean curve, 1 of 2 tasks have a run" in capsys.readouterr().err
+    assert set(table_of(tmp_path / "plots", "figure11")["label"]) == {
+        "model transfer", "from scratch", "selected", "tuned"
+    }  # fmt: skip
+
+
+def test_colors_are_the_same_in_every_panel():
+    reference = pd.DataFrame({"agent": ["theirs"]})
+    data = plot.Data(EXPERIMENTS["figure5"].runs(LAPTOP), LAPTOP, Path(), pd.DataFrame(), reference, 20, [])
+    assert [data.color(name) for name in (*data.labels(), "theirs")] == ["C0", "C1", "C2", "C3"]
+    row = {"label": "task embeddings", "x": 32, "parameters": 1e4, "mean": 0.5, "mean_low": 0.4, "mean_high": 0.6}
+    table = pd.DataFrame([row])
+    figure, axes = plot.new_figure(1, 1)
+    plot.draw_scaling(axes[0, 0], table, "", labels=data.labels())
+    assert axes[0, 0].lines[0].get_color() == data.color("task embeddings")
+    plot.plt.close(figure)
 
 
 def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys, two_tasks):
@@ -764,7 +853,7 @@ def test_published_curves_in_three_layouts(finished, tmp_path, capsys):
 
     lines = ["agent,metric,task,seed,step,value"]
     lines += ["x,return,metaworld/reach,1,10,4000", "x,success,metaworld/reach,1,10,1"]
-    for task in launch.tasks_of(EXPERIMENTS["figure1"].runs(LAPTOP)[-1], LAPTOP):
+    for task in EXPERIMENTS["figure1"].runs(LAPTOP)[-1].tasks(LAPTOP):
         for seed, step in product((1, 2), (0, 500_000)):
             lines += [f"sac,success,{task},{seed},{step},{step / 1e6 + seed / 1e3}"]
     lines += ["half,success,metaworld/door-close,1,500000,0.9"]
@@ -810,7 +899,7 @@ def test_curves_of_run_directories(tmp_path, capsys):
     groups = [plot.read_run(directory)[0] for directory in directories]
     assert groups[0] == groups[1]  # they differ in the seed only
     curves = plot.read_run(directories[0])[2]
-    assert list(curves) == list(launch.tasks_of(runs[0], LAPTOP))
+    assert list(curves) == list(runs[0].tasks(LAPTOP))
     last, end = {task: points[-1] for task, points in curves.items()}, runs[0].length
     units = {task: 1 if scores.has_score(task) else 1000 for task in curves}  # gym/: the return
     assert last == {task: (end, pytest.approx(unit * known(runs[0], task, end))) for task, unit in units.items()}
@@ -885,7 +974,7 @@ def test_means_are_taken_at_equal_steps(order, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", readme_tables.TABLES)
 def test_readme_says_what_the_results_say(name):
-    pages = (ROOT / "README.md", ROOT / "benchmark/results/README.md")
+    pages = (ROOT / "README.md", ROOT / "benchmark/results/README.md", ROOT / "benchmark/results/history.md")
     page = [line for path in pages for line in path.read_text().splitlines()]
     rows = [readme_tables.row_text(cells) for cells in readme_tables.TABLES[name]()]
     assert rows and [row for row in rows if row not in page] == []
