@@ -6,18 +6,19 @@ results=benchmark/results
 python benchmark/plot.py $results/readme/seed-* --labels "BRC, width 128" --out $results/readme/curve.png
 python benchmark/plot.py $results/dmc4/seed-* --labels "BRC, width 256" --out $results/dmc4/curve.png
 t=$results/transfer/fresh
-python benchmark/plot.py $t/reach-wall-{model,scratch,data}* --labels model scratch data --out $results/transfer/curve.png
+python benchmark/plot.py $t/{reach-wall,button-press-topdown-wall}-{model,scratch,data}* \
+  --labels model scratch data model scratch data --out $results/transfer/curve.png
 o=$results/offline
 python benchmark/plot.py $o/bc-only* $o/no-bc* $o/mse-0.03_* $o/mse-0.1_* $o/mse-0.3_* $o/mse-1_* --labels "BC only" \
-  "no BC" "BRC+BC, c = 0.03" "c = 0.1" "c = 0.3" "c = 1" --out $o/curve.png
+  "c = 0" "c = 0.03" "c = 0.1" "c = 0.3" "c = 1" --out $o/curve.png
 python benchmark/plot.py $o/fresh/bc-only* $o/fresh/no-bc* $o/fresh/mse-0.03_* $o/fresh/mse-0.3_* --labels "BC only" \
-  "no BC" "BRC+BC, c = 0.03" "c = 0.3" --out $o/fresh/curve.png
+  "c = 0" "c = 0.03" "c = 0.3" --out $o/fresh/curve.png
 python benchmark/plot.py $results/atari/atari2 --labels "narrow encoder" --out $results/atari/curve.png
 a=$results/atari/cpu
 python benchmark/plot.py $a/updown-* $a/mspacman-* $a/both-* --labels alone alone "one agent of both" --out $a/curve.png
 l=$results/laptop
-python benchmark/plot.py $l/beside/six-released-* $l/beside/six-ours-variant-* $l/runs/laptop-6-tasks-brc-128__19d68b__* \
-  --labels "released code" "ours, --variant released-code" "ours" --out $l/beside/six.png
-python benchmark/plot.py $l/beside/dmc-released-* $l/beside/dmc-ours-variant-* $l/beside/dmc-ours-[1-5] \
-  --labels "released code" "ours, --variant released-code" "ours" --out $l/beside/dmc.png
+python benchmark/plot.py $l/runs/laptop-6-tasks-brc-128__19d68b__* $l/beside/six-ours-variant-* $l/beside/six-released-* \
+  --labels "ours" "ours, --variant released-code" "released code" --out $l/beside/six.png
+python benchmark/plot.py $l/beside/dmc-ours-[1-5] $l/beside/dmc-ours-variant-* $l/beside/dmc-released-* \
+  --labels "ours" "ours, --variant released-code" "released code" --out $l/beside/dmc.png
 python benchmark/readme_tables.py > $results/tables.md
