@@ -33,9 +33,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -219,16 +221,23 @@ class Update:
         }  # fmt: skip
 
 
-def run_script(argv: list[str], make_agent=None, parallel_envs=None, module=brc) -> None:
-    """Runs a script's own main() in this process, quietly, in a run directory that is thrown away."""
-    originals = module.make_agent, module.ParallelEnvs
-    module.make_agent, module.ParallelEnvs = make_agent or originals[0], parallel_envs or originals[1]
-    try:
-        with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
-            with contextlib.redirect_stderr(io.StringIO()):
-                module.main(module.parse_args([*argv, "--run-root", root]))
-    finally:
-        module.make_agent, module.ParallelEnvs = originals
+def run_script(argv: list, module=brc, **replaced) -> None:
+    """Runs a script's own main() in this process, quietly, in a run directory that is thrown away, with some of the
+    module's names replaced."""
+    with tempfile.TemporaryDirectory() as root, patch.multiple(module, **replaced):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            module.main(module.parse_args([*map(str, argv), "--run-root", root]))
+
+
+def recording_progress(module, record: Callable[[], None]) -> type:
+    """The script's progress bar, which calls record() after every step."""
+
+    class Progress(module.tqdm):
+        def update(self, n=1):
+            record()
+            return super().update(n)
+
+    return Progress
 
 
 @dataclass
@@ -283,10 +292,10 @@ class Steps:
 
     def loop(self, module, serial: bool) -> tuple[float, float]:
         """Seconds per vector step of the script's loop, and of a waited-for update (serial only)."""
-        marks, update_seconds, original = [], [], (module.make_agent, module.tqdm, module.evaluate)
+        marks, update_seconds, original = [], [], module.make_agent
 
         def make_agent(*args):
-            agent = original[0](*args)
+            agent = original(*args)
 
             def update(*arguments):
                 start = time.perf_counter()
@@ -306,22 +315,15 @@ class Steps:
                 super().send(*self.sent[0], **self.sent[1])
                 return super().recv()
 
-        class Progress(module.tqdm):
-            def update(self, n=1):
-                marks.append(time.perf_counter())
-                return super().update(n)
-
         warm_up, starts = 20, 100
         argv = ["--env-ids", *self.env_ids, "--critic-width", self.critic_width, "--batch-size", self.batch_size,
                 "--learning-starts", starts, "--total-timesteps", starts + warm_up + self.steps, "--eval-every", 10**9,
                 "--eval-episodes", 1, "--checkpoint-every", 10**9]  # fmt: skip
         if module is drq:
             argv += ["--encoder-channels", *self.encoder_channels]
-        module.tqdm, module.evaluate = Progress, no_evaluation
-        try:
-            run_script([str(word) for word in argv], make_agent, Envs if serial else None, module)
-        finally:
-            _, module.tqdm, module.evaluate = original
+        progress = recording_progress(module, lambda: marks.append(time.perf_counter()))
+        envs = Envs if serial else module.ParallelEnvs
+        run_script(argv, module, make_agent=make_agent, ParallelEnvs=envs, tqdm=progress, evaluate=no_evaluation)
         wall = (marks[-1] - marks[starts + warm_up - 1]) / self.steps
         return wall, float(np.median(update_seconds)) if serial else float("nan")
 
@@ -375,31 +377,20 @@ class Loop:
                     self.send = timed("environments (send)", self.send)
                     self.recv = timed("environments (receive)", self.recv)
 
-        class Progress(brc.tqdm):
-            def update(self, n=1):
-                marks.append((time.perf_counter(), dict(spent)))
-                return super().update(n)
-
         original_make_agent = brc.make_agent
-        patched = [(brc.Replay, "sample", "replay"), (brc.Replay, "insert", "replay"),
-                   (brc.ReturnNormalizer, "update", "normalizer"), (brc.Run, "scalars", "logging")]  # fmt: skip
-        originals = [getattr(owner, name) for owner, name, _ in patched] + [brc.tqdm]
-        for owner, name, label in patched:
-            setattr(owner, name, timed(label, getattr(owner, name)))
-        brc.tqdm = Progress
+        progress = recording_progress(brc, lambda: marks.append((time.perf_counter(), dict(spent))))
         warm_up, starts = 200, 1000
         total = starts + warm_up + self.steps
-        try:
-            run_script(
-                ["--env-ids", *self.env_ids, "--critic-width", str(self.critic_width), "--batch-size",
-                 str(self.batch_size), "--learning-starts", str(starts), "--total-timesteps", str(total + 1),
-                 "--eval-every", str(10**9), "--eval-episodes", "2", "--checkpoint-every", str(10**9)],
-                make_agent, Envs,
-            )  # fmt: skip
-        finally:
-            for (owner, name, _), original in zip(patched, originals, strict=False):
-                setattr(owner, name, original)
-            brc.tqdm = originals[-1]
+        argv = ["--env-ids", *self.env_ids, "--critic-width", self.critic_width, "--batch-size", self.batch_size,
+                "--learning-starts", starts, "--total-timesteps", total + 1, "--checkpoint-every", 10**9,
+                "--eval-every", 10**9, "--eval-episodes", 2]  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for owner, name, label in (
+                (brc.Replay, "sample", "replay"), (brc.Replay, "insert", "replay"),
+                (brc.ReturnNormalizer, "update", "normalizer"), (brc.Run, "scalars", "logging"),
+            ):  # fmt: skip
+                stack.enter_context(patch.object(owner, name, timed(label, getattr(owner, name))))
+            run_script(argv, make_agent=make_agent, ParallelEnvs=Envs, tqdm=progress)
         (start, before), (end, after) = marks[starts + warm_up], marks[total]
         wall = end - start
         parts = {name: after[name] - before.get(name, 0) for name in after}
@@ -462,35 +453,24 @@ class Overlap:
             def make_pools(self, *_):
                 return [SleepingTask()]
 
-        class Progress(brc.tqdm):
-            def update(self, n=1):
-                marks.append(time.perf_counter())
-                return super().update(n)
-
-        rows, originals = [], (brc.tqdm, brc.evaluate)
-        brc.tqdm, brc.evaluate = Progress, no_evaluation
-        try:
-            for ratio in self.ratios:
-                update_seconds = seconds_per_call(update, 3)
-                SleepingTask.seconds = ratio * update_seconds
-                marks: list[float] = []
-                starts = 20
-                run_script(
-                    ["--env-ids", "gym/Sleeping-v0", "--critic-width", str(self.critic_width), "--batch-size",
-                     str(self.batch_size), "--learning-starts", str(starts), "--total-timesteps",
-                     str(starts + 11 + self.steps), "--checkpoint-every", str(10**9), "--eval-episodes", "1"],
-                    None, Envs,
-                )  # fmt: skip
-                wall = (marks[starts + 10 + self.steps] - marks[starts + 10]) / self.steps
-                update_seconds = (update_seconds + seconds_per_call(update, 3)) / 2
-                longer = max(update_seconds, SleepingTask.seconds)
-                rows.append({
-                    "environment_ms": round(1e3 * SleepingTask.seconds, 2), "update_ms": round(1e3 * update_seconds, 2),
-                    "step_ms": round(1e3 * wall, 2), "step_over_max": round(wall / longer, 3),
-                    "step_over_sum": round(wall / (update_seconds + SleepingTask.seconds), 3),
-                })  # fmt: skip
-        finally:
-            brc.tqdm, brc.evaluate = originals
+        rows, starts = [], 20
+        argv = ["--env-ids", "gym/Sleeping-v0", "--critic-width", self.critic_width, "--batch-size", self.batch_size,
+                "--learning-starts", starts, "--total-timesteps", starts + 11 + self.steps, "--checkpoint-every", 10**9,
+                "--eval-episodes", 1]  # fmt: skip
+        for ratio in self.ratios:
+            update_seconds = seconds_per_call(update, 3)
+            SleepingTask.seconds = ratio * update_seconds
+            marks: list[float] = []
+            progress = recording_progress(brc, lambda: marks.append(time.perf_counter()))  # noqa: B023
+            run_script(argv, ParallelEnvs=Envs, tqdm=progress, evaluate=no_evaluation)
+            wall = (marks[starts + 10 + self.steps] - marks[starts + 10]) / self.steps
+            update_seconds = (update_seconds + seconds_per_call(update, 3)) / 2
+            longer = max(update_seconds, SleepingTask.seconds)
+            rows.append({
+                "environment_ms": round(1e3 * SleepingTask.seconds, 2), "update_ms": round(1e3 * update_seconds, 2),
+                "step_ms": round(1e3 * wall, 2), "step_over_max": round(wall / longer, 3),
+                "step_over_sum": round(wall / (update_seconds + SleepingTask.seconds), 3),
+            })  # fmt: skip
         return rows
 
 
