@@ -962,7 +962,7 @@ class WorkerEnv:
 
     def step(self, action: np.ndarray | None) -> tuple:
         """As gym.Env.step; a reset after an episode's end and without an action. Raises ValueError for an observation
-        or reward of another shape than they should have."""
+        or reward of another shape than they should have, and for an observation that is not finite."""
         with self.own_random_numbers():
             if action is None or self.done:
                 observation, info = self.env.reset(seed=self.seed)
@@ -975,6 +975,8 @@ class WorkerEnv:
         if np.shape(observation) != self.env.observation_space.shape:
             declared = self.env.observation_space.shape
             raise ValueError(f"an observation of shape {np.shape(observation)} where its space has {declared}")
+        if not np.isfinite(observation).all():
+            raise ValueError("an observation that is not finite")
         self.done = terminated or truncated
         # many tasks reward by an array of one number
         return observation, np.asarray(reward, np.float64).item(), terminated, truncated, info
@@ -1007,7 +1009,7 @@ class WorkerEnvs:
             self.results["stepping"][row], restarted = True, False
             try:
                 observation, *step, info = env.step(None if actions is None else actions[i])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures.append(f"{env.task} failed: {describe(error)}")
                 env.make(next_seed(env.seeds))
                 (observation, *step, info), restarted = env.step(None), True
@@ -1040,6 +1042,7 @@ def run_worker(connection) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
     try:
         while True:
@@ -1049,7 +1052,7 @@ def run_worker(connection) -> None:
                     groups.append(WorkerEnvs(connection, *message))
                 else:
                     connection.send(groups[group].step(*message))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 by_user = isinstance(error, UserError)
                 connection.send({"error": str(error) if by_user else describe(error), "by_user": by_user})
     finally:
@@ -1079,7 +1082,7 @@ class Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         self.connection, theirs = context.Pipe()
-        process = context.Process(target=run_worker, args=(theirs,), daemon=True)
+        process = context.Process(target=run_worker, args=(theirs,))  # a daemon's tasks could start no processes
         process.start()
         theirs.close()
         self.process = process
@@ -1204,8 +1207,9 @@ class EnvWorkers:
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
             try:
                 multiprocessing.forkserver.ensure_running()
-            except OSError as error:  # a path too long for a socket
-                raise UserError(f"cannot start worker processes: {error}; set TMPDIR to a short path") from error
+            except OSError as error:  # a path too long for a socket, or a full disk
+                way_out = "set TMPDIR to a short path with free space"
+                raise UserError(f"cannot start worker processes: {error}; {way_out}") from error
             finally:
                 signal.signal(signal.SIGINT, handler)
             self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
@@ -1297,7 +1301,11 @@ class ParallelEnvs:
 
     # Copied from brc_sac_continuous.py
     def send(self, actions: np.ndarray | None, resting: np.ndarray | None = None) -> None:
-        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped."""
+        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped. Raises
+        FloatingPointError for an action that is not finite: what a simulator makes of it is not the simulator's fault.
+        """
+        if actions is not None and not np.isfinite(actions).all():
+            raise FloatingPointError("actions")
         self.stepping = []
         for rows, pool in zip(self.rows, self.pools, strict=True):
             places = np.arange(len(rows)) if resting is None else np.flatnonzero(~resting[rows])
@@ -1586,7 +1594,8 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk
                 self.tensorboard.close()
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):  # its process may have died
+                self.wandb.finish()
         started = self.bar is not None and not self.args.play
         if isinstance(error, FloatingPointError) and started:  # for those who compare runs: see scores.py
             text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
@@ -1698,10 +1707,11 @@ class Run:
         except OSError as error:
             self.cannot_write("TensorBoard's file", error)
 
-    def cannot_write(self, what: str, error: OSError) -> None:
+    def cannot_write(self, what: str, error: Exception) -> None:
         """Logging never ends a run: what cannot be written is left out, with one warning."""
         if what not in self.warned:
-            tqdm.write(f"warning: cannot write {what}: {error.strerror}; the run goes on without", file=sys.stderr)
+            reason = getattr(error, "strerror", None) or describe(error)
+            tqdm.write(f"warning: cannot write {what}: {reason}; the run goes on without", file=sys.stderr)
         self.warned.add(what)
 
     def write_curve(self) -> None:
@@ -1764,8 +1774,12 @@ class Run:
                 self.tensorboard.close()
             self.tensorboard = None
             self.cannot_write("TensorBoard's file", error)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})
+        try:
+            if self.wandb:
+                self.wandb.log({**values, "step": step})
+        except Exception as error:  # its process died
+            self.wandb = None
+            self.cannot_write("to Weights & Biases", error)
 
     def log_evaluation(self, rows: list[dict] | None) -> bool:
         """Writes one row per task to eval.csv and shows the means; False if the evaluation was cut (rows None), by a
@@ -2031,7 +2045,7 @@ def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple
 
 class Output:
     """A standard stream whose reader may go away: from then on it leads nowhere. Output is never worth a run, nor is a
-    letter that the terminal lacks."""
+    letter that the terminal lacks. What a full disk refuses is lost, not what comes when it has space again."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None where it was closed, as by `>&-`
@@ -2051,8 +2065,9 @@ class Output:
     def guarded(self, function: Callable, *arguments) -> None:
         try:
             function(*arguments)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 if __name__ == "__main__":

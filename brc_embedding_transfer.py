@@ -1644,16 +1644,17 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
             raise UserError(f"{task}: this script needs a flat continuous (1-D Box) {what} space, not {space}")
     low, high = np.float64(env.action_space.low), np.float64(env.action_space.high)
     if not np.all(np.isfinite(low) & np.isfinite(high) & (high - low < 2.0**31) & (low <= high)):
-        raise UserError(f"{task}: the action space needs finite bounds, not {env.action_space}")
+        raise UserError(f"{task}: the action space needs finite bounds, less than 2**31 apart, not {env.action_space}")
     unit = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
     return gym.wrappers.TransformAction(env, partial(own_action, env.action_space), unit)
 
 
 def observation_parts(space: gym.spaces.Dict) -> dict[str, gym.Space]:
-    """What of a Dict is observed, in the space's own order. The achieved goal of a goal task is left out: it is part
-    of the observation."""
-    goal_keys = ["observation", "desired_goal"]
-    return {key: space[key] for key in (goal_keys if set(goal_keys) <= set(space) else space)}
+    """What of a Dict is observed, in the space's own order. Of a goal task the observation and the desired goal come
+    first, and the achieved goal is left out: it is part of the observation."""
+    goal = ["observation", "desired_goal"] if {"observation", "desired_goal"} <= set(space) else []
+    others = [key for key in space if not (goal and key in (*goal, "achieved_goal"))]
+    return {key: space[key] for key in (*goal, *others)}
 
 
 def flat_observation(parts: dict[str, gym.Space], observation: dict) -> np.ndarray:
@@ -1814,7 +1815,7 @@ class WorkerEnv:
 
     def step(self, action: np.ndarray | None) -> tuple:
         """As gym.Env.step; a reset after an episode's end and without an action. Raises ValueError for an observation
-        or reward of another shape than they should have."""
+        or reward of another shape than they should have, and for an observation that is not finite."""
         with self.own_random_numbers():
             if action is None or self.done:
                 observation, info = self.env.reset(seed=self.seed)
@@ -1827,6 +1828,8 @@ class WorkerEnv:
         if np.shape(observation) != self.env.observation_space.shape:
             declared = self.env.observation_space.shape
             raise ValueError(f"an observation of shape {np.shape(observation)} where its space has {declared}")
+        if not np.isfinite(observation).all():
+            raise ValueError("an observation that is not finite")
         self.done = terminated or truncated
         # many tasks reward by an array of one number
         return observation, np.asarray(reward, np.float64).item(), terminated, truncated, info
@@ -1858,7 +1861,7 @@ class WorkerEnvs:
             self.results["stepping"][row], restarted = True, False
             try:
                 observation, *step, info = env.step(None if actions is None else actions[i])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures.append(f"{env.task} failed: {describe(error)}")
                 env.make(next_seed(env.seeds))
                 (observation, *step, info), restarted = env.step(None), True
@@ -1889,6 +1892,7 @@ def run_worker(connection) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
     try:
         while True:
@@ -1898,7 +1902,7 @@ def run_worker(connection) -> None:
                     groups.append(WorkerEnvs(connection, *message))
                 else:
                     connection.send(groups[group].step(*message))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 by_user = isinstance(error, UserError)
                 connection.send({"error": str(error) if by_user else describe(error), "by_user": by_user})
     finally:
@@ -1926,7 +1930,7 @@ class Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         self.connection, theirs = context.Pipe()
-        process = context.Process(target=run_worker, args=(theirs,), daemon=True)
+        process = context.Process(target=run_worker, args=(theirs,))  # a daemon's tasks could start no processes
         process.start()
         theirs.close()
         self.process = process
@@ -2049,8 +2053,9 @@ class EnvWorkers:
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
             try:
                 multiprocessing.forkserver.ensure_running()
-            except OSError as error:  # a path too long for a socket
-                raise UserError(f"cannot start worker processes: {error}; set TMPDIR to a short path") from error
+            except OSError as error:  # a path too long for a socket, or a full disk
+                way_out = "set TMPDIR to a short path with free space"
+                raise UserError(f"cannot start worker processes: {error}; {way_out}") from error
             finally:
                 signal.signal(signal.SIGINT, handler)
             self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
@@ -2134,7 +2139,11 @@ class ParallelEnvs:
         return self.recv().observations
 
     def send(self, actions: np.ndarray | None, resting: np.ndarray | None = None) -> None:
-        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped."""
+        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped. Raises
+        FloatingPointError for an action that is not finite: what a simulator makes of it is not the simulator's fault.
+        """
+        if actions is not None and not np.isfinite(actions).all():
+            raise FloatingPointError("actions")
         self.stepping = []
         for rows, pool in zip(self.rows, self.pools, strict=True):
             places = np.arange(len(rows)) if resting is None else np.flatnonzero(~resting[rows])
@@ -2278,7 +2287,7 @@ def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, s
     for time_step in itertools.count():
         if time_step % 2 == 0:
             frames.append(render())
-        if done or stop:
+        if done or stop or time_step == MAX_EPISODE_STEPS:
             break
         if time_step % envs.action_repeat == 0:
             padded = np.zeros((1, envs.observation_dim), np.float32)
@@ -2453,7 +2462,8 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk
                 self.tensorboard.close()
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):  # its process may have died
+                self.wandb.finish()
         started = self.bar is not None and not self.args.play
         if isinstance(error, FloatingPointError) and started:  # for those who compare runs: see scores.py
             text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
@@ -2565,10 +2575,11 @@ class Run:
         except OSError as error:
             self.cannot_write("TensorBoard's file", error)
 
-    def cannot_write(self, what: str, error: OSError) -> None:
+    def cannot_write(self, what: str, error: Exception) -> None:
         """Logging never ends a run: what cannot be written is left out, with one warning."""
         if what not in self.warned:
-            tqdm.write(f"warning: cannot write {what}: {error.strerror}; the run goes on without", file=sys.stderr)
+            reason = getattr(error, "strerror", None) or describe(error)
+            tqdm.write(f"warning: cannot write {what}: {reason}; the run goes on without", file=sys.stderr)
         self.warned.add(what)
 
     def write_curve(self) -> None:
@@ -2631,8 +2642,12 @@ class Run:
                 self.tensorboard.close()
             self.tensorboard = None
             self.cannot_write("TensorBoard's file", error)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})
+        try:
+            if self.wandb:
+                self.wandb.log({**values, "step": step})
+        except Exception as error:  # its process died
+            self.wandb = None
+            self.cannot_write("to Weights & Biases", error)
 
     def log_evaluation(self, rows: list[dict] | None) -> bool:
         """Writes one row per task to eval.csv and shows the means; False if the evaluation was cut (rows None), by a
@@ -2898,7 +2913,7 @@ def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple
 
 class Output:
     """A standard stream whose reader may go away: from then on it leads nowhere. Output is never worth a run, nor is a
-    letter that the terminal lacks."""
+    letter that the terminal lacks. What a full disk refuses is lost, not what comes when it has space again."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None where it was closed, as by `>&-`
@@ -2918,8 +2933,9 @@ class Output:
     def guarded(self, function: Callable, *arguments) -> None:
         try:
             function(*arguments)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 if __name__ == "__main__":

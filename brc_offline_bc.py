@@ -767,6 +767,17 @@ def unit_actions(actions: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
     return 2 * (actions - low) / np.where(high > low, high - low, 2) - (high > low)
 
 
+def new_records(path: Path, dtype: np.dtype, length: int) -> np.memmap:
+    """A .npy file in a memory map, with its space on the disk: a full disk under a map would be a crash."""
+    if length * dtype.itemsize > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    records = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
+    if hasattr(os, "posix_fallocate"):  # others may fill the disk meanwhile, and a quota shows only here
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return records
+
+
 def convert_minari(name: str, task: str, path: Path) -> None:
     """Writes a Minari data set as one file of records, episode by episode; actions become those of [-1, 1].
 
@@ -791,16 +802,17 @@ def convert_minari(name: str, task: str, path: Path) -> None:
             raise ValueError(f"its actions are no bounded Box but {data.action_space}")
         if isinstance(data.observation_space, gym.spaces.Tuple):
             raise ValueError("its observations are a Tuple")
-        parts = environment_parts(task) if isinstance(data.observation_space, gym.spaces.Dict) else None
+        one_vector = not isinstance(data.observation_space, gym.spaces.Dict)
+        parts = environment_parts(task) if task.startswith("gym/") or not one_vector else None
+        if one_vector and len(parts or ()) > 1:
+            raise ValueError(f"its observations are one vector, the environment's are {list(parts)}, in an order that "
+                             "flattened data need not have; record the dictionaries")  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         for episode in data.iterate_episodes():
             observations = joined(episode.observations, parts)
             if records is None:
                 dtype = record_type(observations.shape[1], data.action_space.shape[0])
-                length = int(data.total_steps) + int(data.total_episodes)
-                if length * dtype.itemsize > shutil.disk_usage(path.parent).free:  # a full disk under a map is a crash
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                records = np.lib.format.open_memmap(partial_path, mode="w+", dtype=dtype, shape=(length,))
+                records = new_records(partial_path, dtype, int(data.total_steps) + int(data.total_episodes))
             last = first + len(episode.actions)  # the final observation's record, which is not a transition
             rows = records[first : last + 1]
             rows["observation"] = observations
@@ -1188,16 +1200,17 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
             raise UserError(f"{task}: this script needs a flat continuous (1-D Box) {what} space, not {space}")
     low, high = np.float64(env.action_space.low), np.float64(env.action_space.high)
     if not np.all(np.isfinite(low) & np.isfinite(high) & (high - low < 2.0**31) & (low <= high)):
-        raise UserError(f"{task}: the action space needs finite bounds, not {env.action_space}")
+        raise UserError(f"{task}: the action space needs finite bounds, less than 2**31 apart, not {env.action_space}")
     unit = gym.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
     return gym.wrappers.TransformAction(env, partial(own_action, env.action_space), unit)
 
 
 def observation_parts(space: gym.spaces.Dict) -> dict[str, gym.Space]:
-    """What of a Dict is observed, in the space's own order. The achieved goal of a goal task is left out: it is part
-    of the observation."""
-    goal_keys = ["observation", "desired_goal"]
-    return {key: space[key] for key in (goal_keys if set(goal_keys) <= set(space) else space)}
+    """What of a Dict is observed, in the space's own order. Of a goal task the observation and the desired goal come
+    first, and the achieved goal is left out: it is part of the observation."""
+    goal = ["observation", "desired_goal"] if {"observation", "desired_goal"} <= set(space) else []
+    others = [key for key in space if not (goal and key in (*goal, "achieved_goal"))]
+    return {key: space[key] for key in (*goal, *others)}
 
 
 def flat_observation(parts: dict[str, gym.Space], observation: dict) -> np.ndarray:
@@ -1358,7 +1371,7 @@ class WorkerEnv:
 
     def step(self, action: np.ndarray | None) -> tuple:
         """As gym.Env.step; a reset after an episode's end and without an action. Raises ValueError for an observation
-        or reward of another shape than they should have."""
+        or reward of another shape than they should have, and for an observation that is not finite."""
         with self.own_random_numbers():
             if action is None or self.done:
                 observation, info = self.env.reset(seed=self.seed)
@@ -1371,6 +1384,8 @@ class WorkerEnv:
         if np.shape(observation) != self.env.observation_space.shape:
             declared = self.env.observation_space.shape
             raise ValueError(f"an observation of shape {np.shape(observation)} where its space has {declared}")
+        if not np.isfinite(observation).all():
+            raise ValueError("an observation that is not finite")
         self.done = terminated or truncated
         # many tasks reward by an array of one number
         return observation, np.asarray(reward, np.float64).item(), terminated, truncated, info
@@ -1402,7 +1417,7 @@ class WorkerEnvs:
             self.results["stepping"][row], restarted = True, False
             try:
                 observation, *step, info = env.step(None if actions is None else actions[i])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 failures.append(f"{env.task} failed: {describe(error)}")
                 env.make(next_seed(env.seeds))
                 (observation, *step, info), restarted = env.step(None), True
@@ -1433,6 +1448,7 @@ def run_worker(connection) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
     try:
         while True:
@@ -1442,7 +1458,7 @@ def run_worker(connection) -> None:
                     groups.append(WorkerEnvs(connection, *message))
                 else:
                     connection.send(groups[group].step(*message))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 by_user = isinstance(error, UserError)
                 connection.send({"error": str(error) if by_user else describe(error), "by_user": by_user})
     finally:
@@ -1470,7 +1486,7 @@ class Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         self.connection, theirs = context.Pipe()
-        process = context.Process(target=run_worker, args=(theirs,), daemon=True)
+        process = context.Process(target=run_worker, args=(theirs,))  # a daemon's tasks could start no processes
         process.start()
         theirs.close()
         self.process = process
@@ -1593,8 +1609,9 @@ class EnvWorkers:
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes inherit
             try:
                 multiprocessing.forkserver.ensure_running()
-            except OSError as error:  # a path too long for a socket
-                raise UserError(f"cannot start worker processes: {error}; set TMPDIR to a short path") from error
+            except OSError as error:  # a path too long for a socket, or a full disk
+                way_out = "set TMPDIR to a short path with free space"
+                raise UserError(f"cannot start worker processes: {error}; {way_out}") from error
             finally:
                 signal.signal(signal.SIGINT, handler)
             self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
@@ -1678,7 +1695,11 @@ class ParallelEnvs:
         return self.recv().observations
 
     def send(self, actions: np.ndarray | None, resting: np.ndarray | None = None) -> None:
-        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped."""
+        """actions: [size, action_dim] in [-1, 1]. Rows where resting [size] is True are not stepped. Raises
+        FloatingPointError for an action that is not finite: what a simulator makes of it is not the simulator's fault.
+        """
+        if actions is not None and not np.isfinite(actions).all():
+            raise FloatingPointError("actions")
         self.stepping = []
         for rows, pool in zip(self.rows, self.pools, strict=True):
             places = np.arange(len(rows)) if resting is None else np.flatnonzero(~resting[rows])
@@ -1822,7 +1843,7 @@ def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, s
     for time_step in itertools.count():
         if time_step % 2 == 0:
             frames.append(render())
-        if done or stop:
+        if done or stop or time_step == MAX_EPISODE_STEPS:
             break
         if time_step % envs.action_repeat == 0:
             padded = np.zeros((1, envs.observation_dim), np.float32)
@@ -1997,7 +2018,8 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk
                 self.tensorboard.close()
         if self.wandb:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):  # its process may have died
+                self.wandb.finish()
         started = self.bar is not None and not self.args.play
         if isinstance(error, FloatingPointError) and started:  # for those who compare runs: see scores.py
             text = json.dumps({**self.information, "diverged_at": self.step}, indent=2)
@@ -2109,10 +2131,11 @@ class Run:
         except OSError as error:
             self.cannot_write("TensorBoard's file", error)
 
-    def cannot_write(self, what: str, error: OSError) -> None:
+    def cannot_write(self, what: str, error: Exception) -> None:
         """Logging never ends a run: what cannot be written is left out, with one warning."""
         if what not in self.warned:
-            tqdm.write(f"warning: cannot write {what}: {error.strerror}; the run goes on without", file=sys.stderr)
+            reason = getattr(error, "strerror", None) or describe(error)
+            tqdm.write(f"warning: cannot write {what}: {reason}; the run goes on without", file=sys.stderr)
         self.warned.add(what)
 
     def write_curve(self) -> None:
@@ -2175,8 +2198,12 @@ class Run:
                 self.tensorboard.close()
             self.tensorboard = None
             self.cannot_write("TensorBoard's file", error)
-        if self.wandb:
-            self.wandb.log({**values, "step": step})
+        try:
+            if self.wandb:
+                self.wandb.log({**values, "step": step})
+        except Exception as error:  # its process died
+            self.wandb = None
+            self.cannot_write("to Weights & Biases", error)
 
     def log_evaluation(self, rows: list[dict] | None) -> bool:
         """Writes one row per task to eval.csv and shows the means; False if the evaluation was cut (rows None), by a
@@ -2442,7 +2469,7 @@ def load_checkpoint(run_dir: Path, state, replay=None, read_only=False) -> tuple
 
 class Output:
     """A standard stream whose reader may go away: from then on it leads nowhere. Output is never worth a run, nor is a
-    letter that the terminal lacks."""
+    letter that the terminal lacks. What a full disk refuses is lost, not what comes when it has space again."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None where it was closed, as by `>&-`
@@ -2462,8 +2489,9 @@ class Output:
     def guarded(self, function: Callable, *arguments) -> None:
         try:
             function(*arguments)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 if __name__ == "__main__":

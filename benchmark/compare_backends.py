@@ -39,6 +39,8 @@ import tyro
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch import exit_with
+
 import brc_sac_continuous as brc
 
 ALL_TASKS = [f"dmc/{task}" for task in brc.DMC] + [f"metaworld/{task}" for task in brc.METAWORLD]
@@ -350,4 +352,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

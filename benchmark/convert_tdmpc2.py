@@ -21,6 +21,7 @@ it has dependencies of its own.
 """
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def load(path: Path):
 
 def main(args: Args) -> None:
     names = TASKS.get(args.tasks) or fail(f"unknown --tasks {args.tasks}; there are {', '.join(TASKS)}")
-    lengths = np.zeros(len(names), int)
+    lengths, steps = np.zeros(len(names), int), set()
     for path in tqdm(args.chunks, desc="counting"):
         chunk = load(path)
         numbers = chunk["task"][:, 0].numpy().astype(int)
@@ -111,6 +112,9 @@ def main(args: Args) -> None:
             if sizes(names[number])[0] > widths[0] or sizes(names[number])[1] > widths[1]:
                 fail(f"{path} has |S| = {widths[0]}, |A| = {widths[1]}: too narrow for {names[number]}")
         lengths += np.bincount(numbers, minlength=len(names)) * chunk.shape[1]
+        steps.add(chunk.shape[1])
+    if len(steps) > 1:
+        fail(f"chunks with episodes of {' and '.join(map(str, sorted(steps)))} records: convert each kind by itself")
 
     files, dtypes = {}, {}
     for number in np.flatnonzero(lengths):
@@ -124,6 +128,9 @@ def main(args: Args) -> None:
     for number, dtype in dtypes.items():
         path = args.out / f".partial-{number}"
         files[number] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(int(lengths[number]),))
+        if hasattr(os, "posix_fallocate"):  # others may fill the disk meanwhile, and a quota shows only here
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     filled = np.zeros(len(names), int)
     for path in tqdm(args.chunks, desc="converting"):

@@ -37,7 +37,9 @@ def finished(run: Path) -> bool:
 
 
 def keep(run: Path, out: Path) -> None:
-    directory = out / run.name
+    directory = out / run.resolve().name
+    for old in (*(directory / name for name in TABLES), *directory.glob("statistics/*.npz")):  # of when it was shorter
+        old.unlink(missing_ok=True)
     files = [run / name for name in TABLES if (run / name).exists()]
     statistics = sorted(run.glob("statistics/*.npz"), key=lambda path: int(path.stem))
     for file in files + statistics[-1:]:
@@ -50,6 +52,11 @@ def main(args: Args) -> int:
     if missing := [run for run in args.runs if not run.is_dir()]:
         return fail(f"{missing[0]} is no run directory")
     whole = [run for run in args.runs if finished(run)]
+    names = [run.resolve().name for run in whole]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return fail(f"two runs are called {twice[0]}: keep them in two folders")
+    if args.out.resolve() in {run.resolve().parent for run in whole}:
+        return fail(f"--out {args.out} is where the runs are; choose another")
     try:
         for run in whole:
             keep(run, args.out)

@@ -42,6 +42,7 @@ except ImportError:  # Windows
     fcntl = None
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 @dataclass
@@ -295,7 +296,9 @@ def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
     """Runs jobs in their order, so many at a time; returns name -> outcome. A signal stops them with checkpoints."""
     waiting, running, outcomes, stopping = list(jobs), [], {}, []
     ask_to_stop = lambda signum, frame: stopping.append(signum)  # noqa: E731
-    before = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # but under nohup, which is to outlive its terminal
+    signals = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, ask_to_stop) for signum in signals}
     started_at = time.time()
     while running or (waiting and not stopping):
         while waiting and len(running) < at_a_time and not stopping:
@@ -358,15 +361,12 @@ def run_slurm(jobs: list[Job], args: Args) -> list:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def exit_with(command: Callable[[], int]) -> None:
-    """Ends the process with the status that `command` returns, 0 where its reader goes away, as `head` does."""
-    try:
-        status = command()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+def exit_with(command: Callable[[], int | None]) -> None:
+    """Ends the process with the status that `command` returns, whether its readers stay or go away, as `head` does."""
+    from brc_sac_continuous import Output
+
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.exit(command())
 
 
 def fail(message: str) -> int:

@@ -39,8 +39,9 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 PAPER_TABLES = Path(__file__).resolve().parent / "paper"
 NOT_PART_OF_GROUP = (
-    "seed", "run_name", "run_root", "resume", "play", "versions", "device", "git_commit", "wandb_project",
-    "diverged_at",
+    "seed", "run_name", "run_root", "resume", "play", "versions", "device", "git_commit", "diverged_at",
+    "total_timesteps", "total_updates", "eval_every", "checkpoint_every", "keep_checkpoints", "save_replay", "track",
+    "wandb_project", "capture_video", "log_task_statistics", "env_workers", "env_timeout",
 )  # fmt: skip
 STATISTIC_COLUMNS = [f"{name}{end}" for name in scores.STATISTICS for end in ("", "_low", "_high")]
 
@@ -162,7 +163,8 @@ def published_summary(data: Data, panel: str, tasks: list[str]) -> pd.DataFrame:
         rows = rows[rows["step"] == last]
         matrix, found = scores.score_matrix(rows)
         if len(found) == len(tasks):
-            label = f"{agent}, {int(rows['step'].max()):,} steps"
+            ends = dict.fromkeys(f"{int(step):,}" for step in (rows["step"].min(), rows["step"].max()))
+            label = f"{agent}, {' to '.join(ends)} steps"
             out.append({"panel": panel, "label": label, "source": "published", **scores.summary(matrix, data.reps)})
     return pd.DataFrame(out)
 
@@ -689,6 +691,17 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save_picture(figure, path: Path, **options) -> None:
+    """Whole or not at all: a full disk leaves the one before."""
+    partial_path = path.with_name(f".partial-{path.name}")
+    try:
+        figure.savefig(partial_path, dpi=130, **options)
+        partial_path.replace(path)
+    except OSError:
+        partial_path.unlink(missing_ok=True)
+        raise
+
+
 def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame) -> bool:
     """Writes one figure or table at one scale; says what is missing. False if there was nothing to plot."""
     runs = EXPERIMENTS[name].runs(scale)
@@ -717,7 +730,7 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
     if figure:
         figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * 13)), fontsize=10)
         for suffix in (".png", ".pdf"):
-            figure.savefig(f"{stem}{suffix}", dpi=130)
+            save_picture(figure, Path(f"{stem}{suffix}"))
             written.append(f"{stem}{suffix}")
         plt.close("all")
     table = table.drop(columns=[c for c in table if table[c].isna().all() or (table[c] == "").all()])
@@ -832,7 +845,7 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
     figure.legend(lines, names, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130, bbox_inches="tight")
+    save_picture(figure, out, bbox_inches="tight")
     print(f"wrote {out}")
     return 0
 
@@ -854,10 +867,9 @@ def main(args: Args) -> int:
         return plot(args)
     except scores.BadReference as error:
         return fail(str(error))
-    except BrokenPipeError:  # is for exit_with
-        raise
     except OSError as error:  # of writing: what reading meets is told where it is read
-        return fail(f"cannot write {error.filename}: {error.strerror}; choose another --out")
+        where = error.filename or args.out or "plots"
+        return fail(f"cannot write {where}: {error.strerror}; choose another --out")
 
 
 def plot(args: Args) -> int:

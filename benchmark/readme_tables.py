@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from launch import exit_with
 from scipy.stats import ttest_ind, ttest_rel
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -309,9 +310,13 @@ def row_text(cells: list[str]) -> str:
     return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
-if __name__ == "__main__":
+def main() -> None:
     for name, table in TABLES.items():
         print(f"{name}\n")
         for cells in table():
             print(row_text(cells))
         print()
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -19,6 +19,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from launch import exit_with  # noqa: E402
+
 import brc_sac_continuous as sac  # noqa: E402
 
 FIXED = {  # what the released code has no argument for
@@ -105,11 +107,11 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         train(Path(argv[0]), sac.parse_args(argv[1:]))
-    except (sac.UserError, ImportError) as error:
+    except (sac.UserError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(lambda: main(sys.argv[1:]))

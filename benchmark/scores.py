@@ -300,9 +300,13 @@ def summary(scores: np.ndarray, reps: int) -> dict[str, float]:
 def mean_curve(table: pd.DataFrame, reps: int, column: str = "score") -> pd.DataFrame:
     """Mean over tasks and seeds at every step that all tasks reached: step, mean, low, high, seeds.
 
-    The number of seeds may shrink towards the end, where runs are unfinished. A task without any score is left out.
+    The number of seeds may shrink towards the end, where runs are unfinished. A task without any score is left out, and
+    so is a step that a run lacks which goes on after it: the curve would jump from one set of seeds to another.
     """
     table = table[table.groupby("task")[column].transform("count") > 0]
+    ends = table.groupby(["task", "seed"])["step"].max()
+    running = {step: (ends >= step).sum() for step in table["step"].unique()}
+    table = table[table.groupby("step")["step"].transform("count") >= table["step"].map(running)]
     tasks, groups = table["task"].nunique(), {}
     for step, rows in table.groupby("step"):
         scores, found = score_matrix(rows, column)

@@ -45,6 +45,8 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch import exit_with
+
 import brc_drq_atari as drq
 import brc_sac_continuous as brc
 
@@ -643,4 +645,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

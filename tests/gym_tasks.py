@@ -198,6 +198,52 @@ class Short(Counter):
         return observation[:-1], *rest
 
 
+class Prints(Counter):
+    """Says so at every step."""
+
+    def step(self, action):
+        print("step", self.t, flush=True)
+        return super().step(action)
+
+
+class Exits(Counter):
+    """Leaves at its 21st step, as a client does whose server refuses it."""
+
+    def step(self, action):
+        if self.steps == 20:
+            raise SystemExit("licence server lost")
+        return super().step(action)
+
+
+class NotFinite(Counter):
+    """A simulation that blew up at its 21st step, and of which nobody said so."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation * (np.nan if self.steps == 21 else 1), *rest
+
+
+def echo(connection) -> None:
+    while True:
+        connection.send(connection.recv())
+
+
+class OwnProcess(Counter):
+    """Its simulator is a process of its own, as Unity's."""
+
+    def __init__(self, length: int, ends: str):
+        super().__init__(length, ends)
+        self.connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self.simulator = context.Process(target=echo, args=(theirs,), daemon=True)
+        self.simulator.start()
+
+    def step(self, action):
+        self.connection.send(self.t)
+        assert self.connection.recv() == self.t
+        return super().step(action)
+
+
 class GlobalRandom(gym.Env):
     """Draws from NumPy's global generator, as some of HumanoidBench do: a number when it is made and at a reset, two at
     a step. draw: a function of np.random; of Gaussians, it keeps the second half of a pair for the next draw.
@@ -299,15 +345,16 @@ class Ordered(Spaces):
 
 
 class Goal(Spaces):
-    """The observation of Gymnasium-Robotics' goal environments: 1, 2, 3, desired goal 4, 5, achieved goal 6, 7."""
+    """The observation of Gymnasium-Robotics' goal environments: 1, 2, 3, desired goal 4, 5, achieved goal 6, 7; and
+    more than that, where it is asked for."""
 
-    def __init__(self, render_mode=None):
-        parts = {"achieved_goal": box(2), "desired_goal": box(2), "observation": box(3)}
-        super().__init__(gym.spaces.Dict(parts), box(1))
+    def __init__(self, render_mode=None, **more: float):
+        self.parts = {"achieved_goal": [6, 7], "desired_goal": [4, 5], "observation": [1, 2, 3]}
+        self.parts |= {key: [value] for key, value in more.items()}
+        super().__init__(gym.spaces.Dict({key: box(len(value)) for key, value in self.parts.items()}), box(1))
 
     def reset(self, *, seed=None, options=None):
-        parts = {"achieved_goal": [6, 7], "desired_goal": [4, 5], "observation": [1, 2, 3]}
-        return {key: np.float32(value) for key, value in parts.items()}, {}
+        return {key: np.float32(value) for key, value in self.parts.items()}, {}
 
 
 REGISTERED = {
@@ -328,6 +375,10 @@ REGISTERED = {
     "KilledAtStart": (KilledAtStart, {"length": 5, "ends": "terminated"}),
     "Loose": (Loose, {"length": 5, "ends": "terminated"}),
     "Short": (Short, {"length": 5, "ends": "terminated"}),
+    "Prints": (Prints, {"length": 5, "ends": "terminated"}),
+    "Exits": (Exits, {"length": 5, "ends": "terminated"}),
+    "NotFinite": (NotFinite, {"length": 5, "ends": "terminated"}),
+    "OwnProcess": (OwnProcess, {"length": 5, "ends": "terminated"}),
     "Uniform": (GlobalRandom, {"draw": "uniform"}),
     "Gaussian": (GlobalRandom, {"draw": "normal"}),
     "Unstable": (Unstable, {"length": 5, "ends": "truncated"}),
@@ -340,6 +391,7 @@ REGISTERED = {
     "Plain": (Plain, {}),
     "Ordered": (Ordered, {}),
     "Goal": (Goal, {}),
+    "GoalAndWind": (Goal, {"wind": 9}),
     "DiscreteAction": (Spaces, {"observation_space": box(2), "action_space": gym.spaces.Discrete(3)}),
     "DiscreteObservation": (Spaces, {"observation_space": gym.spaces.Discrete(3), "action_space": box(1)}),
     "Image": (Spaces, {"observation_space": box(8, 8, 3), "action_space": box(1)}),

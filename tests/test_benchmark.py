@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,23 @@ def test_a_run_that_cannot_start_leaves_the_others_alone(tmp_path, capsys):
         jobs[1]()  # on Slurm
 
 
+GOES_ON = """import sys
+sys.path.insert(0, "benchmark")
+import launch
+jobs = [launch.Job(name, ["script.py"], 60, name, sys.argv[1], []) for name in "abc"]
+launch.exit_with(lambda: len(launch.run_local(jobs, 1)) + 10)
+"""
+
+
+def test_a_launcher_outlives_its_reader(environment, tmp_path):
+    """What reads its output, such as tee, may be killed: its runs go on, and the status is theirs."""
+    (tmp_path / "script.py").write_text("")
+    command = [sys.executable, "-c", GOES_ON, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(timeout=100) == 13 and all((tmp_path / name / "log.txt").exists() for name in "abc")
+
+
 def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, own_signal_handlers):
     class Late(launch.Job):
         def start(self) -> str:
@@ -371,7 +389,7 @@ def test_a_stopped_run_has_not_failed(handles, by_launcher, outcome, tmp_path):
 
 
 def test_dry_run_into_head(environment):
-    """A reader that has seen enough: more commands than fit in a pipe, and no word about it."""
+    """A reader that has seen enough: more commands than fit in a pipe, and no word about it. Nothing else changes."""
     command = [sys.executable, "benchmark/launch.py", "figure4", "figure1", "--scale", "paper", "--dry-run"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith(b"# figure4 at paper scale")
@@ -551,14 +569,14 @@ def finished(tmp_path_factory) -> Path:
 def drawn(finished, tmp_path_factory) -> tuple[Path, dict[str, str], str]:
     """Output directory of every figure and table of the finished runs, title of each figure, and standard error."""
     out, titles, error = tmp_path_factory.mktemp("drawn"), {}, io.StringIO()
-    save = matplotlib.figure.Figure.savefig
+    save = plot.save_picture
 
-    def savefig(figure, path, **options):
-        titles[Path(path).name] = " ".join(figure.get_suptitle().split())
+    def save_picture(figure, path, **options):
+        titles[path.name] = " ".join(figure.get_suptitle().split())
         save(figure, path, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
-        patch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+        patch.setattr(plot, "save_picture", save_picture)
         assert draw(*EXPERIMENTS, runs=finished, out=out) == 0
     return out, titles, error.getvalue()
 
@@ -760,6 +778,21 @@ def test_transfer_to_fewer_tasks_is_no_mean(tmp_path, capsys):
     }  # fmt: skip
 
 
+def test_a_picture_that_a_full_disk_refuses_leaves_the_one_before(monkeypatch, tmp_path, capsys):
+    directory = write_run(tmp_path, EXPERIMENTS["figure7"].runs(LAPTOP)[0], known)
+    path = tmp_path / "x.png"
+    path.write_bytes(b"before")
+
+    def full(figure, partial_path, **_):
+        partial_path.write_bytes(b"be")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    assert plot.main(plot.Args((str(directory),), out=path)) == 2 and path.read_bytes() == b"before"
+    assert capsys.readouterr().err == f"error: cannot write {path}: No space left on device; choose another --out\n"
+    assert not list(tmp_path.glob(".partial-*"))
+
+
 def test_colors_are_the_same_in_every_panel():
     reference = pd.DataFrame({"agent": ["theirs"]})
     data = plot.Data(EXPERIMENTS["figure5"].runs(LAPTOP), LAPTOP, Path(), pd.DataFrame(), reference, 20, [])
@@ -908,7 +941,7 @@ def test_curves_of_run_directories(tmp_path, capsys):
 def test_the_legend_names_what_has_no_mean_over_all_tasks(tmp_path, monkeypatch):
     """Two single-task agents and one of both tasks, each a curve: the first two were not named."""
     legends = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *_, **__: legends.append(figure.legends))
+    monkeypatch.setattr(plot, "save_picture", lambda figure, *_, **__: legends.append(figure.legends))
     tasks = experiments.SIX[:2]
     runs = [tiny(task, 100, task) for task in tasks]
     both = ("--env-ids", *tasks, "--total-timesteps", "100", "--eval-every", "100")
@@ -980,6 +1013,16 @@ def test_readme_says_what_the_results_say(name):
     assert rows and [row for row in rows if row not in page] == []
 
 
+def test_curves_do_not_jump_between_sets_of_seeds():
+    """Seed 1 was evaluated every 1,000 steps, seed 2 every 2,000: a mean stands where both were."""
+    rows = [("x", seed, step, 2 - seed) for seed in (1, 2) for step in range(0, 5000, 1000 * seed)]
+    table = pd.DataFrame(rows, columns=["task", "seed", "step", "score"])
+    curve = scores.mean_curve(table[(table["seed"] == 1) | (table["step"] < 4000)], 10)
+    assert curve[["step", "mean", "seeds"]].to_numpy().tolist() == [
+        [0, 0.5, 2], [2000, 0.5, 2], [3000, 1, 1], [4000, 1, 1],  # the second seed ended at 2,000
+    ]  # fmt: skip
+
+
 def test_readmes_means_are_taken_at_equal_steps(tmp_path):
     """A run that ended early, or whose value is not finite, is no mean of what is left."""
     rows = [
@@ -1017,6 +1060,17 @@ def test_keep_copies_what_plots_need(tmp_path, capsys):
     assert keep.main(keep.Args((tmp_path / "begun",), tmp_path / "other")) == 0
     output = capsys.readouterr()
     assert output.err == "not finished, left out: begun\n" and output.out.startswith("kept 0 runs")
+
+    name = runs[0].name
+    (tmp_path / "kept" / name / "statistics" / "1.npz").touch()  # of a shorter run
+    assert keep.main(keep.Args((tmp_path / "runs" / name,), tmp_path / "kept")) == 0
+    assert len(list((tmp_path / "kept" / name / "statistics").iterdir())) == 1
+    shutil.copytree(tmp_path / "runs" / name, tmp_path / "others" / name)
+    both = tmp_path / "runs" / name, tmp_path / "others" / name
+    assert keep.main(keep.Args(both, tmp_path / "kept")) == 2
+    assert keep.main(keep.Args(both[:1], tmp_path / "runs")) == 2 and (both[0] / "args.json").exists()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"error: two runs are called {name}") and lines[1].startswith("error: --out ")
 
 
 # --------------------------------------------------------------------------------------------------------- speed

@@ -489,6 +489,20 @@ def test_environment_that_fails_once_costs_an_episode(run, tmp_path):
     assert np.flatnonzero(~valid[1]).tolist() == list(range(3, 60, 4)), "the other task's episodes are as ever"
 
 
+def test_a_task_that_prints_outlives_its_reader(environment, tmp_path):
+    """Its worker process writes to the run's own output."""
+    arguments = ["--env-ids", "gym/gym_tasks:Prints-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 60]
+    command = [sys.executable, SCRIPT, *map(str, arguments), "--run-root", str(tmp_path), "--run-name", "run"]
+    process = subprocess.Popen(
+        command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 0 and warnings_of(error) == [], error
+    assert curve(tmp_path / "run")[-1]["step"] == "60"
+    process.stderr.close()
+
+
 def test_task_that_never_ends_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(brc, "MAX_EPISODE_STEPS", 40)
     arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", "gym/gym_tasks:Endless-v0", *SMALL, *NO_UPDATES]

@@ -345,9 +345,11 @@ def test_dict_observations_are_flattened():
     assert observation.dtype == np.float32 and observation.tolist() == [5, 6, 1, 2, 3, 4]  # Gymnasium sorts the keys
 
 
-def test_goal_environments_show_observation_and_desired_goal_only():
+def test_goal_environments_show_all_but_the_achieved_goal():
     observation, _ = brc.make_env("gym/gym_tasks:Goal-v0").reset()
     assert observation.tolist() == [1, 2, 3, 4, 5]
+    observation, _ = brc.make_env("gym/gym_tasks:GoalAndWind-v0").reset()
+    assert observation.tolist() == [1, 2, 3, 4, 5, 9]
 
 
 def test_franka_kitchen(environments):
@@ -587,6 +589,36 @@ def test_training_and_evaluation_share_processes(environments, untrained):
     assert step(train).valid.all() and not train.interrupted
     assert [row["return"] for row in brc.evaluate(untrained, test, 1, [])] == [15, 6]
     assert step(train).valid.all() and train.episode_length.tolist() == [2, 2] and len(reports) == 2
+
+
+def test_an_action_that_is_not_finite_is_not_the_simulators_fault(environments):
+    envs = environments(gym_tasks("Truncates3", "Terminates5"))
+    envs.reset()
+    actions = np.zeros((2, 2), np.float32)
+    actions[1, 0] = np.nan
+    with pytest.raises(FloatingPointError, match="actions"):
+        envs.send(actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Exits", "SystemExit: licence server lost"), ("NotFinite", "ValueError: an observation that is not finite")],
+)
+def test_other_ends_of_a_simulator_are_failures(name, words, environments):
+    """It leaves the process, or goes on with numbers that are none: its episode is dropped, it starts again."""
+    reports = []
+    envs = environments(gym_tasks(name), workers=brc.EnvWorkers(1, report=reports.append))
+    envs.reset()
+    results = [step(envs) for _ in range(60)]
+    # the copy of after the failure fails at its own 21st step
+    assert set(reports) == {f"gym/gym_tasks:{name}-v0 failed: {words}"} and len(reports) == 2
+    assert np.isfinite([result.observations for result in results]).all()
+
+
+def test_a_task_may_start_processes_of_its_own(environments):
+    envs = environments(gym_tasks("OwnProcess"), workers=brc.EnvWorkers(1))
+    envs.reset()
+    assert [step(envs).rewards[0] for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("names", [["AlwaysRaises"], ["AlwaysRaises"] * 2, ["AlwaysRaises"] * 7, ["FailsAtReset"]])

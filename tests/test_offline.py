@@ -1,5 +1,6 @@
 """brc_offline_bc.py: data sets in and out, the actor's loss against float64, errors, resume, learning from data."""
 
+import errno
 import json
 import math
 import os
@@ -612,6 +613,15 @@ def test_minari_round_trip(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(brc.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         refused("No space left on device")
+    with monkeypatch.context() as patch:  # filled since, or a quota
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(brc.os, "posix_fallocate", full)
+        refused("No space left on device")
+    with pytest.raises(brc.UserError, match=r"one vector, the environment's are \['observation', 'desired_goal'\]"):
+        brc.convert_minari("pendulum/random-v0", "gym/gym_tasks:Goal-v0", tmp_path / "converted" / "goal.npy")
     path = tmp_path / "minari/pendulum/random-v0/data/metadata.json"
     metadata = json.loads(path.read_text())
     box = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
@@ -674,6 +684,11 @@ def test_convert_tdmpc2(tmp_path):
         [*command[:3], tmp_path / "wide.pt", "--out", tmp_path / "y"], capture_output=True, text=True
     )
     assert result.returncode == 2 and "too narrow for metaworld/assembly" in result.stderr
+    short = {name: value[:, :51] for name, value in chunk.items()}
+    torch.save(tensordict.TensorDict(short, batch_size=[4, 51]), tmp_path / "short.pt")
+    both = [*command[:3], tmp_path / "chunk_0.pt", tmp_path / "short.pt", "--out", tmp_path / "z"]
+    result = subprocess.run(both, capture_output=True, text=True)
+    assert result.returncode == 2 and "episodes of 51 and 101 records" in result.stderr
     (tmp_path / "chunk_1.pt").write_bytes((tmp_path / "chunk_0.pt").read_bytes()[:-2000])
     command[3] = tmp_path / "chunk_1.pt"
     result = subprocess.run(command, capture_output=True, text=True)

@@ -306,6 +306,16 @@ def test_output_whose_reader_went_away_leads_nowhere():
         assert output.fileno() == writer
 
 
+def test_output_on_a_full_disk_comes_back_with_its_space(tmp_path):
+    """A log on the disk that fills must still say how the run ended."""
+    with open("/dev/full", "w") as full, (tmp_path / "log").open("w") as log:
+        output = brc.Output(full)
+        print("refused", file=output, flush=True)
+        os.dup2(log.fileno(), full.fileno())  # the disk has space again
+        print("error: why", file=output, flush=True)
+    assert (tmp_path / "log").read_text().endswith("error: why\n")
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_signals_that_ask_a_run_to_stop(tmp_path, name):
     signal.signal(getattr(signal, name), lambda *_: None)  # also where pytest itself runs under nohup
@@ -323,6 +333,25 @@ def test_nohup_is_respected(tmp_path):
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.01)
         assert not run.stop
+
+
+def test_a_lost_wandb_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """Its own process may be killed, also between the last point and the end."""
+
+    def lost(*_):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    wandb = SimpleNamespace(init=lambda **_: SimpleNamespace(log=lost, finish=lost))
+    monkeypatch.setitem(brc.sys.modules, "wandb", wandb)
+    with new_run(tmp_path, track=True) as run:
+        run.start()
+        for _ in range(2):
+            run.scalars({"x": 1.0})
+    assert (
+        capsys.readouterr().err.count("cannot write to Weights & Biases: Connection reset by peer; the run goes") == 1
+    )
+    with new_run(tmp_path, track=True, run_name="other") as run:
+        run.start()
 
 
 def test_runs_of_one_name_are_two_in_wandb(tmp_path, monkeypatch):
