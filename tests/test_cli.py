@@ -503,13 +503,6 @@ def test_a_task_that_prints_outlives_its_reader(environment, tmp_path):
     process.stderr.close()
 
 
-def test_task_that_never_ends_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(brc, "MAX_EPISODE_STEPS", 40)
-    arguments = ["--env-ids", "gym/gym_tasks:Truncates20-v0", "gym/gym_tasks:Endless-v0", *SMALL, *NO_UPDATES]
-    with pytest.raises(brc.UserError, match="gym/gym_tasks:Endless-v0 had no end within 40 steps"):
-        train(*arguments, "--total-timesteps", 3, "--run-root", tmp_path)
-
-
 @pytest.mark.parametrize("missing", [True, False])
 def test_weights_and_biases_that_cannot_start(missing, tmp_path, monkeypatch):
     """Not installed, or not logged in: the reason and the way out."""

@@ -615,6 +615,17 @@ def test_other_ends_of_a_simulator_are_failures(name, words, environments):
     assert np.isfinite([result.observations for result in results]).all()
 
 
+@pytest.mark.parametrize(("task", "steps"), [("Endless", 40), ("Truncates20", 20), ("PointRight", 25)])
+def test_episodes_have_an_end(task, steps, monkeypatch):
+    """A task that is registered without a time limit, and ends none of its episodes, has one."""
+    monkeypatch.setattr(brc, "MAX_EPISODE_STEPS", 40)
+    env = brc.make_env(f"gym/gym_tasks:{task}-v0")
+    env.reset()
+    results = [env.step(np.zeros(env.action_space.shape, np.float32)) for _ in range(steps)]
+    assert not any(terminated for *_, terminated, _, _ in results)
+    assert [truncated for *_, truncated, _ in results] == [False] * (steps - 1) + [True]
+
+
 def test_a_task_may_start_processes_of_its_own(environments):
     envs = environments(gym_tasks("OwnProcess"), workers=brc.EnvWorkers(1))
     envs.reset()
