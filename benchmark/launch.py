@@ -296,8 +296,8 @@ def run_local(jobs: list[Job], at_a_time: int) -> dict[str, str]:
     """Runs jobs in their order, so many at a time; returns name -> outcome. A signal stops them with checkpoints."""
     waiting, running, outcomes, stopping = list(jobs), [], {}, []
     ask_to_stop = lambda signum, frame: stopping.append(signum)  # noqa: E731
-    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # but under nohup, which is to outlive its terminal
-    signals = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # it is to outlive its terminal
+    signals = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not nohup)
     before = {signum: signal.signal(signum, ask_to_stop) for signum in signals}
     started_at = time.time()
     while running or (waiting and not stopping):
