@@ -197,6 +197,8 @@ def draw_bars(axis, table: pd.DataFrame, title: str = "", ylabel: str = "score",
     places, colors = np.arange(len(table)), [f"C{labels.index(label) % 10}" for label in table["label"]]
     bounds = error_bars(table)
     axis.bar(places, table["mean"], yerr=bounds, color=colors, capsize=3, width=0.7)
+    middle, half = (len(table) - 1) / 2, max(len(table), 3) / 2  # a bar alone is as wide as one of three
+    axis.set_xlim(middle - half, middle + half)
     for place, value, above in zip(places, table["mean"], bounds[1], strict=True):
         axis.annotate(f"{value:.2f}", (place, max(value + above, 0)), xytext=(0, 3), textcoords="offset points",
                       ha="center", fontsize=7)  # fmt: skip
@@ -288,12 +290,18 @@ def stability(data: Data):
                 axis.plot([place + 0.25 * index] * len(seeds), seeds, "k.", markersize=3)
         axis.set_xticks(np.arange(3) + 0.25, ["TD loss", "gradient norm", "entropy"])
         axis.set_title(textwrap.fill(f"{panel}: sigma / mu over tasks (dots: seeds)", 36), fontsize=10)
-        axis.legend(fontsize=7)
     for axis, panel in zip(axes.flat[len(logged) :], panels, strict=False):
         draw_bars(axis, table[table["panel"] == panel], panel, labels=data.labels())
     spread = [{"panel": panel, "label": f"{label}: sigma/mu of {name}", "seeds": len(seeds), "mean": np.mean(seeds)}
               for (panel, label, name), seeds in found.items()]  # fmt: skip
     return figure, pd.concat([table, pd.DataFrame(spread)], ignore_index=True)
+
+
+def logarithmic(axis) -> None:
+    """A logarithmic axis of counts: 20k, 50k, 100k."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(EngFormatter(places=0, sep=""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def draw_scaling(axis, table: pd.DataFrame, title: str, ylabel: str = "final score", labels: list[str] = ()) -> None:
@@ -304,15 +312,11 @@ def draw_scaling(axis, table: pd.DataFrame, title: str, ylabel: str = "final sco
         axis.errorbar(rows["parameters"], rows["mean"], error_bars(rows), label=label, marker="o", capsize=3,
                       color=f"C{labels.index(label)}")  # fmt: skip
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axis.xaxis)
     axis.set_xlabel("parameters of critics and targets")
     axis.set_ylabel(ylabel)
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
-    if len(table):
-        axis.legend(fontsize=7)
 
 
 def scaling(data: Data):
@@ -402,8 +406,6 @@ def principal_components(data: Data):
         axis.set_xlabel(f"component 1 ({explained[0]:.0%} of the variance)")
         axis.set_ylabel(f"component 2 ({explained[1]:.0%})")
         axis.set_title(f"seed {run.seed}", fontsize=10)
-        if run is found[0][0]:
-            axis.legend(fontsize=6)
         tables.append(pd.DataFrame({"seed": run.seed, "task": tasks, "component_1": points[:, 0],
                                     "component_2": points[:, 1]}))  # fmt: skip
     return figure, pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
@@ -413,7 +415,7 @@ def curves(data: Data, updates: bool = False):
     """Figures 16 and 9: mean score over steps, a panel per benchmark; Figure 9 also over gradient steps."""
     rows = data.table[data.table["label"] != "pretraining"]
     panels = [panel for panel in data.panels() if panel in set(rows["panel"])]
-    figure, axes = new_figure(1, max(len(panels), 1) * (1 + updates), 4.4)
+    figure, axes = new_figure(1, max(len(panels), 1) * (1 + updates), 4.4, sharey=updates)
     for axis, panel in zip(axes.flat, panels, strict=False):
         here = rows[rows["panel"] == panel]
         ours = {}
@@ -427,7 +429,6 @@ def curves(data: Data, updates: bool = False):
         curve_axes(data, axis, panel, ours, data.planned(panel), "score")
         axis.set_title(panel, fontsize=10)
         axis.set_ylabel("score")
-        axis.legend(fontsize=7)
         if updates:
             axis = axes[0, -1]
             for label, curve in ours.items():
@@ -439,10 +440,9 @@ def curves(data: Data, updates: bool = False):
                     draw_line(axis, curve["step"].map(total), curve, label, data.color(label), marker=".")
             axis.set_xlabel("gradient steps for all tasks together", fontsize=8)
             axis.set_xscale("log")
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            logarithmic(axis.xaxis)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
     table = summarize(data, data.final[data.final["label"] != "pretraining"], ("panel", "label"))
     return figure, with_published(data, table)
 
@@ -470,10 +470,6 @@ def per_task(data: Data):
                             "mean_high": last["high"]})  # fmt: skip
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
-    legends = [axis.get_legend_handles_labels() for axis in axes.flat]
-    handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
-    if handles:
-        axes.flat[0].legend(handles.values(), handles.keys(), fontsize=6)
     return figure, pd.DataFrame(out)
 
 
@@ -539,7 +535,6 @@ def protocols(data: Data):
             out.append({"panel": "embedding transfer", "label": method, **scores.summary(matrix, data.reps)})
     table = pd.DataFrame(out)
     if out:
-        axes[0, 0].legend(fontsize=7)
         shown = table[table["panel"] == "embedding transfer"]
         if len(shown):
             draw_bars(axes[0, 1], shown, "embedding transfer, nothing else learned")
@@ -597,10 +592,9 @@ def offline(data: Data):
             slope, offset = np.polyfit(np.log(here["parameters"]), np.log(here["step"].astype(float)), 1)
             ends = here["parameters"].agg(["min", "max"]).to_numpy()
             axes[0, 1].loglog(ends, np.exp(offset) * ends**slope, color=f"C{index}", linewidth=1)
+    logarithmic(axes[0, 1].xaxis)
     axes[0, 1].set_xlabel("parameters of critics and targets")
     axes[0, 1].set_ylabel("environment steps per task")
-    if len(steps):
-        axes[0, 1].legend(fontsize=6)
     return figure, pd.concat([part for part in (table, steps) if len(part)] or [table], ignore_index=True)
 
 
@@ -729,6 +723,11 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
             title += f", {' / '.join(f'{length:,}' for length in sorted(lengths))} {unit}"
     if figure:
         figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * 13)), fontsize=10)
+        entries = [axis.get_legend_handles_labels() for axis in figure.axes]
+        handles = {label: handle for entry in entries for handle, label in zip(*entry, strict=True)}
+        if handles:  # one legend for all panels, under them, where it covers nothing
+            columns = max(1, int(figure.get_figwidth() / 2))
+            figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside lower center", ncols=columns)
         for suffix in (".png", ".pdf"):
             save_picture(figure, Path(f"{stem}{suffix}"))
             written.append(f"{stem}{suffix}")

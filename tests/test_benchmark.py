@@ -805,6 +805,21 @@ def test_colors_are_the_same_in_every_panel():
     plot.plt.close(figure)
 
 
+def test_one_legend_beside_the_panels(finished, tmp_path, monkeypatch):
+    """Legends in the panels covered dots and intervals: one names all, outside of every panel."""
+    figures = {}
+    monkeypatch.setattr(plot, "save_picture", lambda figure, path, **_: figures.setdefault(path.stem, figure))
+    assert draw("figure3", "figure5", "figure9", runs=finished, out=tmp_path) == 0
+    names = {"figure3-laptop": ["MSE", "MSE + normalization", "CE + normalization"], "figure9-laptop": ["BRC", "BRC*"],
+             "figure5-laptop": ["single-task", "separate heads", "task embeddings"]}  # fmt: skip
+    for stem, figure in figures.items():
+        [legend] = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == names[stem]
+        assert not any(axis.get_legend() for axis in figure.axes)
+        figure.draw_without_rendering()
+        assert not any(legend.get_window_extent().overlaps(axis.get_window_extent()) for axis in figure.axes)
+
+
 def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys, two_tasks):
     """It counts as score 0 from where it ended itself: a mean of the survivors would be twice as high."""
     root, runs = tmp_path / "runs", EXPERIMENTS["figure9"].runs(two_tasks)
