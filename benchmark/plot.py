@@ -350,7 +350,7 @@ def conflicts(data: Data):
     figure, axes = new_figure(1, 2, 4.6)
     draw_scaling(axes[0, 0], table, "performance", labels=data.labels())
     axis, title = axes[0, 1], "gradient conflicts (multi-task)"
-    draw_scaling(axis, rate_table, title, "share of task pairs with negative cosine", data.labels())
+    draw_scaling(axis, rate_table, title, "task pairs with negative cosine", data.labels())
     tables = [part for part in (table.assign(panel="final score"), rate_table) if len(part)]
     return figure, pd.concat(tables, ignore_index=True) if tables else table
 
@@ -570,8 +570,8 @@ def offline(data: Data):
     hours = final.drop_duplicates(["label", "x", "run"]).groupby(["label", "x"])["wall_time"].mean() / 3600
     table["hours"] = [hours.get((row.label, row.x), np.nan) for row in table.itertuples()]
     figure, axes = new_figure(1, 2, 4.6)
-    draw_bars(axes[0, 0], table.assign(label=[f"{r.label} {r.x:.0f}, {r.hours:.2g} h" for r in table.itertuples()]),
-              "final score, critic width, hours")  # fmt: skip
+    labels = [f"{row.label} {row.x:.0f}, {row.hours:.2g}\u00a0h" for row in table.itertuples()]
+    draw_bars(axes[0, 0], table.assign(label=labels), "final score, critic width, hours")
     published = published_summary(data, "", data.planned(""))
     goals = {row.label: row.mean for row in published.itertuples() if "tdmpc2" in row.label}
     if not goals and len(table):

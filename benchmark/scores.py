@@ -8,7 +8,6 @@ in a list of lines, never silently. A run that diverged is not left out: see cou
 import csv
 import json
 import sys
-import warnings
 from functools import cache
 from itertools import permutations
 from math import factorial
@@ -280,10 +279,8 @@ def interval(scores: np.ndarray, statistic, reps: int) -> tuple[np.ndarray, np.n
     point = np.asarray(statistic(scores), float)
     if len(scores) < 2:
         return point, np.full(point.shape, np.nan), np.full(point.shape, np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # arch's, about the random state that rliable passes on
-        random_state = np.random.RandomState(0)  # rliable takes no Generator
-        _, bounds = library.get_interval_estimates({"": scores}, statistic, reps=reps, random_state=random_state)
+    np.random.seed(0)  # noqa: NPY002 (rliable draws from NumPy's global state, whatever random_state it is given)
+    _, bounds = library.get_interval_estimates({"": scores}, statistic, reps=reps)
     return point, *bounds[""]
 
 
