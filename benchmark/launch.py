@@ -426,6 +426,9 @@ def main(args: Args) -> int:
         print(f"state: squeue --me; logs: {args.run_root}/RUN/log.txt; give the same command again for what failed")
         return 0
     outcomes = run_local(todo, args.jobs)
+    for job in todo:
+        if outcomes[job.name].startswith("skipped") and job.state() == "finished":
+            outcomes[job.name] = "finished by another launcher"
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.startswith("failed")}
     counts = {word: sum(outcome.startswith(word) for outcome in outcomes.values()) for word in
               ("finished", "stopped", "not started", "skipped", "failed")}  # fmt: skip

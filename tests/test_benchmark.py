@@ -279,6 +279,20 @@ def test_exit_status_tells_whether_every_run_is_finished(monkeypatch, tmp_path, 
         assert ("give the same command again" in capsys.readouterr().err) == bool(status)
 
 
+def test_what_another_launcher_has_finished_is_finished(monkeypatch, tmp_path, capsys):
+    """Of two launchers the last to end said that the other one's runs were still to do."""
+
+    def all_done_by_another(jobs, _):
+        for run in EXPERIMENTS["figure7"].runs(LAPTOP):
+            write_run(tmp_path, run, known)
+        return {job.name: "skipped: another launcher runs it" for job in jobs}
+
+    monkeypatch.setattr(launch, "run_local", all_done_by_another)
+    assert launch.main(launch.Args(("figure7",), run_root=str(tmp_path))) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-1].endswith(" finished") and "again" not in output.err
+
+
 def test_estimated_hours():
     """By the script's own batch, 256 for one task; offline by one update each, and no environments."""
     wide = [run for run in EXPERIMENTS["figure4"].runs(PAPER) if run.x == 4096 and run.label == "BroNet (CE)"]
