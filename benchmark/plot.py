@@ -789,6 +789,8 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
                 others |= curves
                 break
         else:
+            if any(other_seed == seed for other_seed, _ in groups[names[group]]):
+                print(f"{directory}: {names[group]} has another run of seed {seed}; both count", file=sys.stderr)
             groups[names[group]].append((seed, curves))
     if not groups:
         return fail("no run could be read")

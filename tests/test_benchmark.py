@@ -983,6 +983,15 @@ def test_the_legend_names_what_has_no_mean_over_all_tasks(tmp_path, monkeypatch)
     assert [text.get_text() for text in legend.get_texts()] == ["first (1 seed)", "second (1 seed)", "both (1 seed)"]
 
 
+def test_two_runs_of_one_seed_are_told(tmp_path, capsys):
+    """Once more by another name, or a copy: a mean of it would look like one of two seeds."""
+    runs = [replace(tiny(task, 100, task), tag=tag) for task, tag in (("gym/A", "a"), ("gym/B", "b"), ("gym/A", "c"))]
+    directories = [str(write_run(tmp_path, run, known)) for run in runs]
+    assert plot.main(plot.Args(tuple(directories), out=tmp_path / "x.png", labels=("x",) * 3)) == 0
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "another run of seed" in line]
+    assert told == f"{directories[2]}: x has another run of seed 1; both count"  # the second is another task
+
+
 def test_curves_of_run_directories_beside_published_ones(tmp_path, monkeypatch):
     """Those of agents with all tasks of the run, as scores, dashed, as far as the run goes."""
     tasks = ("dmc/dog-run", "dmc/dog-walk")
