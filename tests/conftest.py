@@ -17,7 +17,7 @@ import jax
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS.parent))
+sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "benchmark")]
 
 
 # Tests compile many small agents and run each for a moment: unoptimized, and by XLA's older CPU emitters, an update

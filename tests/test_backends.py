@@ -1,11 +1,10 @@
 """envpool and the reference implementations, step by step from the same states. For all tasks: compare_backends.py"""
 
+import compare_backends as compare
 import numpy as np
 import pytest
 
 import brc_sac_continuous as brc
-
-compare = pytest.importorskip("benchmark.compare_backends")
 
 
 @pytest.mark.dm_control  # and the MuJoCo that goes with it

@@ -29,7 +29,6 @@ import pytest
 from run_files import checkpoint_steps, curve
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmark"))
 pytest.importorskip("rliable", reason="pip install rliable==1.2.0")
 import claims  # noqa: E402
 import experiments  # noqa: E402

@@ -113,6 +113,14 @@ def test_printed_commands_parse(command, monkeypatch):
         tyro.cli(getattr(module, words[0].capitalize()), args=words[1:])
 
 
+def test_no_test_is_skipped_for_want_of_our_own_modules():
+    """importorskip hid that benchmark/compare_backends.py could not be imported: all of its tests were skipped."""
+    asked = {name for path in (ROOT / "tests").glob("*.py")
+             for name in re.findall(r'importorskip\(\s*"(\w+)', path.read_text())}  # fmt: skip
+    own = {path.stem for folder in (ROOT, ROOT / "benchmark", ROOT / "tests") for path in folder.glob("*.py")}
+    assert asked and not asked & (own | {"benchmark"})
+
+
 def test_ruff():
     """The rules of pyproject.toml: `ruff check` (pip install ruff)."""
     ruff = pytest.importorskip("ruff", reason="pip install ruff")
