@@ -752,8 +752,9 @@ def score_name(tasks: list[str]) -> str:
     return found.pop() if len(found) == 1 else "score"
 
 
-def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]]]:
-    """A run's group, its seed and, per task, its (step, score) points; where a task has no score, its return."""
+def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]], str]:
+    """A run's group, its seed, per task its (step, score) points (where a task has no score, its return), and what its
+    steps are."""
     args, damage = scores.read_information(directory)
     if damage:
         raise ValueError(damage)
@@ -767,7 +768,7 @@ def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float
     curves = defaultdict(list)
     for task, step, value in zip(table["task"], table["step"], values, strict=True):
         curves[task].append((step, value))
-    return group, args.get("seed"), dict(curves)
+    return group, args.get("seed"), dict(curves), "updates" if "total_updates" in args else "steps"
 
 
 def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], reference: pd.DataFrame) -> int:
@@ -776,13 +777,14 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
     Groups of the same label are one: what single-task runs of a seed learned, each a task, counts as one run. Agents
     that were published on all tasks of the runs are groups, too, as far as the longest run goes.
     """
-    names, groups = {}, defaultdict(list)
+    names, groups, units = {}, defaultdict(list), set()
     for directory in directories:
         try:
-            group, seed, curves = read_run(directory)
+            group, seed, curves, unit = read_run(directory)
         except (OSError, ValueError) as error:
             print(f"left out {directory}: {error}", file=sys.stderr)
             continue
+        units.add(unit)
         names.setdefault(group, labels[len(names)] if len(names) < len(labels) else f"group {len(names) + 1}")
         for other_seed, others in groups[names[group]]:
             if other_seed == seed and not set(others) & set(curves):
@@ -794,7 +796,7 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
             groups[names[group]].append((seed, curves))
     if not groups:
         return fail("no run could be read")
-    unit = "updates" if all('"total_updates"' in group for group in names) else "steps"
+    unit = "updates" if units == {"updates"} else "steps"
     tasks = list(dict.fromkeys(task for runs in groups.values() for _, curves in runs for task in curves))
     ours = [curves for runs in groups.values() for _, curves in runs]
     end = max(step for curves in ours for points in curves.values() for step, _ in points)

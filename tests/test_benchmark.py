@@ -855,7 +855,7 @@ def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys, two_tasks):
     assert curve.to_dict() == pytest.approx({s: 0.8 if s <= length // 2 else 0.4 for s in range(0, length + 1, every)})
 
     args = plot.Args(tuple(str(root / run.name) for run in (whole, diverged)), out=tmp_path / "x.png")
-    (group, _, _), (other, _, curves) = (plot.read_run(Path(name)) for name in args.what)
+    (group, *_), (other, _, curves, _) = (plot.read_run(Path(name)) for name in args.what)
     assert group == other and all(points[-1] == (length, 0) for points in curves.values())
     assert plot.main(args) == 0 and said.partition(": ")[2] in capsys.readouterr().err
 
@@ -980,6 +980,15 @@ def test_the_legend_names_what_has_no_mean_over_all_tasks(tmp_path, monkeypatch)
     assert plot.main(args) == 0
     [[legend]] = legends
     assert [text.get_text() for text in legend.get_texts()] == ["first (1 seed)", "second (1 seed)", "both (1 seed)"]
+
+
+@pytest.mark.parametrize(("figure", "script", "unit"), [("figure12", OFFLINE, "updates"), ("figure9", SAC, "steps")])
+def test_offline_runs_are_drawn_over_updates(figure, script, unit, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save_picture", lambda figure, *_, **__: figures.append(figure))
+    run = next(run for run in EXPERIMENTS[figure].runs(LAPTOP) if run.script == script)
+    assert plot.main(plot.Args((str(write_run(tmp_path, run, known)),), out=tmp_path / "x.png")) == 0
+    assert {axis.get_xlabel() for axis in figures[0].axes} - {""} == {f"thousand {unit}"}
 
 
 def test_two_runs_of_one_seed_are_told(tmp_path, capsys):
