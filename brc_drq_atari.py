@@ -72,7 +72,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from multiprocessing.connection import wait
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -1037,12 +1036,11 @@ def run_worker(connection) -> None:
     Signals are the main process' to handle."""
 
     def end_with_parent():
-        wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(0)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
@@ -1377,20 +1375,20 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
     act: frames [rows, 4, 84, 84] and task_ids [rows] to actions [rows]. Every copy of a game plays the same number of
     whole games, so that short ones are not counted more often, and rests when it has.
     """
-    returns = [[] for _ in range(envs.size)]
-    quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
+    returns = [[] for _ in envs.tasks]
+    left = np.ceil(episodes / np.bincount(envs.task_ids)).astype(int)[envs.task_ids]  # to play, of each row
     frames = envs.reset()
-    while not (finished := np.array([len(r) for r in returns]) >= quota).all():
+    while left.any():
         if stop or envs.interrupted:
             return None
-        envs.send(act_in_rows(act, frames, envs.task_ids, np.flatnonzero(~finished)), resting=finished)
+        envs.send(act_in_rows(act, frames, envs.task_ids, np.flatnonzero(left)), resting=left == 0)
         step = envs.recv()
         frames = step.frames
+        left -= step.done
         for row in np.flatnonzero(step.done):
-            returns[row].append(envs.episode_return[row])
+            returns[envs.task_ids[row]].append(envs.episode_return[row])
     table = []
-    for number, task in enumerate(envs.tasks):
-        episode_returns = [value for row in np.flatnonzero(envs.task_ids == number) for value in returns[row]]
+    for task, episode_returns in zip(envs.tasks, returns, strict=True):
         mean_return = float(np.mean(episode_returns))
         score = normalized_score(task, mean_return)
         table.append({
@@ -1437,6 +1435,7 @@ def record_video(act: Callable, task: str, task_id: int, path: Path, stop: list)
 
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
 LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # the last is Slurm's
 PLAYABLE = {"play", "eval_episodes", "capture_video", "env_backend", "env_workers", "env_timeout", "pretrained"}
 
 
@@ -1660,9 +1659,8 @@ class Run:
         print(f"device: {self.information['device']}; run directory: {self.directory}")
         if self.total == 0:
             return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
-            signum = getattr(signal, name, None)
-            if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup's
+        for signum in SIGNALS:
+            if not (signum.name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup's
                 signal.signal(signum, self.ask_to_stop)
         self.curve = [row for row in read_curve(self.directory / "eval.csv") if row["step"] <= self.last_evaluation]
         self.write_curve()
@@ -1750,7 +1748,8 @@ class Run:
 
     def log(self, values: dict) -> None:
         """Scalars and the speed since the last call. Raises FloatingPointError for a value that is not finite."""
-        check_finite(values)
+        if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+            raise FloatingPointError(", ".join(bad))
         now, (before, step) = time.monotonic(), self.logged
         speed = {f"speed/{self.unit}s_per_second": (self.step - step) / (now - before), "updates": self.updates}
         self.scalars({**values, **speed})
@@ -1862,24 +1861,16 @@ def read_curve(path: Path) -> list[dict]:
         found = [{}]
     for row in found:
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            numbers = {name: row[name].strip().replace(",", ".") for name in EVAL_COLUMNS if name != "task"}
-            for name, number in numbers.items():
-                if name in ("step", "updates", "episodes"):
-                    numbers[name] = int(float(number))
-                elif number:
-                    float(number)
-            rows.append({name: numbers.get(name, row["task"]) for name in EVAL_COLUMNS})
+            values = {name: row[name].strip().replace(",", ".") for name in EVAL_COLUMNS}
+            values |= {name: int(float(values[name])) for name in ("step", "updates", "episodes")}
+            for name in ("wall_time", "return", "success", "score"):
+                float(values[name] or 0)
+            rows.append(values)
     if len(rows) < len(found) or (found and list(found[0]) != list(EVAL_COLUMNS)):
         kept = path.with_name(f"eval-as-found-{time.time_ns()}.csv")
         shutil.copyfile(path, kept)
         print(f"warning: {path} was changed: {len(rows)} of {len(found)} rows read; as found: {kept}", file=sys.stderr)
     return rows
-
-
-def check_finite(values: dict) -> None:
-    """Raises FloatingPointError that names the values that are not finite."""
-    if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-        raise FloatingPointError(", ".join(bad))
 
 
 def run_information() -> dict:
@@ -1962,24 +1953,20 @@ def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict
 
     Returns the checksums of the linked pieces: those of when they were written, as new ones would hide damage.
     """
-    first, files = 0, {}
-    if found := [s for s in checkpoint_steps(root.parent) if s < step]:
-        previous = root / str(found[0])
-        try:
+    first, files, pieces = 0, {}, {}
+    for previous in [root / str(s) for s in checkpoint_steps(root.parent) if s < step][:1]:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
             known = read_counters(previous)["files"]
-        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
-            known = {}
-        if not all((previous / name).is_file() for name in known if name.startswith("replay/")):
-            known = {}
-        for name in sorted(name for name in known if name.startswith("replay/")):
-            end = int(Path(name).stem.split("-")[1])
-            first = max(first, end)
-            if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
-                files[name] = known[name]
-                try:
-                    os.link(previous / name, partial_path / name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(previous / name, partial_path / name)
+            pieces = {previous / name: known[name] for name in sorted(known) if name.startswith("replay/")}
+    for path, crc in pieces.items() if all(map(Path.is_file, pieces)) else ():
+        end = int(path.stem.split("-")[1])
+        first = max(first, end)
+        if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
+            files[f"replay/{path.name}"], link = crc, partial_path / "replay" / path.name
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, link)
     # with the slot at the head: it holds the last observation
     numbers = np.arange(max(first, replay.inserted - replay.slots.shape[1] + 1), replay.inserted + 1)
     with (partial_path / f"replay/{numbers[0]:012d}-{replay.inserted:012d}.npy").open("wb") as piece:

@@ -68,7 +68,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from multiprocessing.connection import wait
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -1034,24 +1033,6 @@ def resolve_tasks(suite: str | None, env_ids: tuple[str, ...]) -> tuple[list[str
     return tasks, steps
 
 
-def list_tasks() -> None:
-    """Prints families with their tasks, the packages that they lack, and suites."""
-    modules = {"dmc": ["dm_control"], "metaworld": ["metaworld"], "humanoidbench": ["humanoid_bench", "torch"],
-               "shadowhand": ["dex_envs", "gymnasium_robotics"]}  # fmt: skip
-    for family, tasks in FAMILIES.items():
-        missing = [module for module in modules[family] if importlib.util.find_spec(module) is None]
-        print(f"{family}/ ({len(tasks)} tasks){': missing ' + ', '.join(missing) if missing else ''}")
-        if missing:
-            without = " ".join(task for task in tasks if steps_in_envpool(f"{family}/{task}", "auto"))
-            print(f"  {f'{without} run without; for the others: ' if without else ''}{INSTALL[family]}")
-        print(f"  {' '.join(tasks)}")
-    print("gym/ (any registered Gymnasium id, or module:Id-v0; flat Box or Dict observations, 1-D Box actions;")
-    print(f"  without a time limit of its own its episodes are cut after {MAX_EPISODE_STEPS:,} steps)")
-    print("suites:")
-    for suite, (tasks, steps) in SUITES.items():
-        print(f"  {suite} ({len(tasks)} tasks, {steps:,} steps each): {' '.join(tasks)}")
-
-
 def normalized_score(task: str, episode_return: float, success: float) -> float:
     """Score of an episode (E.3): success for metaworld and shadowhand, return / 1000 for dmc, Eq. 5 with Table 2 for
     humanoidbench, NaN where the paper defines none (gym)."""
@@ -1446,12 +1427,11 @@ def run_worker(connection) -> None:
     Signals are the main process' to handle."""
 
     def end_with_parent():
-        wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(0)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
@@ -1774,26 +1754,25 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
     act: observations [rows, |S|] and task_ids [rows] to actions [rows, |A|]. Every copy of a task plays the same number
     of episodes, so that short ones are not counted more often, and rests when it has.
     """
-    returns, successes = [[[] for _ in range(envs.size)] for _ in range(2)]
-    quota = np.ceil(episodes / np.bincount(envs.task_ids))[envs.task_ids]
+    returns, successes = [[[] for _ in envs.tasks] for _ in range(2)]
+    left = np.ceil(episodes / np.bincount(envs.task_ids)).astype(int)[envs.task_ids]  # to play, of each row
     observations, actions = envs.reset(), np.zeros((envs.size, envs.action_dim), np.float32)
-    while not (finished := np.array([len(r) for r in returns]) >= quota).all():
+    while left.any():
         if stop or envs.interrupted:
             return None
-        deciding = np.flatnonzero(~finished & (envs.episode_length % envs.action_repeat == 0))
+        deciding = np.flatnonzero((left > 0) & (envs.episode_length % envs.action_repeat == 0))
         if len(deciding):
             actions[deciding] = act_in_rows(act, observations, envs.task_ids, deciding)[deciding]
-        envs.send(actions, resting=finished)
+        envs.send(actions, resting=left == 0)
         step = envs.recv()
         observations = step.observations
+        left -= step.done
         for row in np.flatnonzero(step.done):
-            returns[row].append(envs.episode_return[row])
-            successes[row].append(envs.episode_success[row])
+            returns[envs.task_ids[row]].append(envs.episode_return[row])
+            successes[envs.task_ids[row]].append(envs.episode_success[row])
     table = []
-    for number, task in enumerate(envs.tasks):
-        rows = np.flatnonzero(envs.task_ids == number)
-        episode_returns = [value for row in rows for value in returns[row]]
-        mean_return, success = np.mean(episode_returns), np.mean([value for row in rows for value in successes[row]])
+    for task, episode_returns, episode_successes in zip(envs.tasks, returns, successes, strict=True):
+        mean_return, success = np.mean(episode_returns), np.mean(episode_successes)
         score = normalized_score(task, mean_return, success)  # linear in both
         table.append({
             "task": task, "episodes": len(episode_returns), "return": round(float(mean_return), 4),
@@ -1863,6 +1842,7 @@ def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, s
 
 EVAL_COLUMNS = ("step", "updates", "wall_time", "task", "episodes", "return", "success", "score")
 LOG_EVERY = 500  # steps between TensorBoard points and checks for values that are not finite
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # the last is Slurm's
 PLAYABLE = {"play", "eval_episodes", "capture_video", "env_backend", "env_workers", "env_timeout", "pretrained"}
 
 
@@ -2086,9 +2066,8 @@ class Run:
         print(f"device: {self.information['device']}; run directory: {self.directory}")
         if self.total == 0:
             return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
-            signum = getattr(signal, name, None)
-            if signum and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup's
+        for signum in SIGNALS:
+            if not (signum.name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):  # nohup's
                 signal.signal(signum, self.ask_to_stop)
         self.curve = [row for row in read_curve(self.directory / "eval.csv") if row["step"] <= self.last_evaluation]
         self.write_curve()
@@ -2176,7 +2155,8 @@ class Run:
 
     def log(self, values: dict) -> None:
         """Scalars and the speed since the last call. Raises FloatingPointError for a value that is not finite."""
-        check_finite(values)
+        if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+            raise FloatingPointError(", ".join(bad))
         now, (before, step) = time.monotonic(), self.logged
         speed = {f"speed/{self.unit}s_per_second": (self.step - step) / (now - before), "updates": self.updates}
         self.scalars({**values, **speed})
@@ -2288,24 +2268,16 @@ def read_curve(path: Path) -> list[dict]:
         found = [{}]
     for row in found:
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            numbers = {name: row[name].strip().replace(",", ".") for name in EVAL_COLUMNS if name != "task"}
-            for name, number in numbers.items():
-                if name in ("step", "updates", "episodes"):
-                    numbers[name] = int(float(number))
-                elif number:
-                    float(number)
-            rows.append({name: numbers.get(name, row["task"]) for name in EVAL_COLUMNS})
+            values = {name: row[name].strip().replace(",", ".") for name in EVAL_COLUMNS}
+            values |= {name: int(float(values[name])) for name in ("step", "updates", "episodes")}
+            for name in ("wall_time", "return", "success", "score"):
+                float(values[name] or 0)
+            rows.append(values)
     if len(rows) < len(found) or (found and list(found[0]) != list(EVAL_COLUMNS)):
         kept = path.with_name(f"eval-as-found-{time.time_ns()}.csv")
         shutil.copyfile(path, kept)
         print(f"warning: {path} was changed: {len(rows)} of {len(found)} rows read; as found: {kept}", file=sys.stderr)
     return rows
-
-
-def check_finite(values: dict) -> None:
-    """Raises FloatingPointError that names the values that are not finite."""
-    if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-        raise FloatingPointError(", ".join(bad))
 
 
 def run_information() -> dict:
@@ -2388,24 +2360,20 @@ def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict
 
     Returns the checksums of the linked pieces: those of when they were written, as new ones would hide damage.
     """
-    first, files = 0, {}
-    if found := [s for s in checkpoint_steps(root.parent) if s < step]:
-        previous = root / str(found[0])
-        try:
+    first, files, pieces = 0, {}, {}
+    for previous in [root / str(s) for s in checkpoint_steps(root.parent) if s < step][:1]:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
             known = read_counters(previous)["files"]
-        except (OSError, ValueError, KeyError):  # damaged since: the whole replay is written again
-            known = {}
-        if not all((previous / name).is_file() for name in known if name.startswith("replay/")):
-            known = {}
-        for name in sorted(name for name in known if name.startswith("replay/")):
-            end = int(Path(name).stem.split("-")[1])
-            first = max(first, end)
-            if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
-                files[name] = known[name]
-                try:
-                    os.link(previous / name, partial_path / name)
-                except OSError:  # a file system without hard links
-                    shutil.copy2(previous / name, partial_path / name)
+            pieces = {previous / name: known[name] for name in sorted(known) if name.startswith("replay/")}
+    for path, crc in pieces.items() if all(map(Path.is_file, pieces)) else ():
+        end = int(path.stem.split("-")[1])
+        first = max(first, end)
+        if end > replay.inserted - replay.slots.shape[1]:  # older pieces were overwritten in the ring
+            files[f"replay/{path.name}"], link = crc, partial_path / "replay" / path.name
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, link)
     # with the slot at the head: it holds the last observation
     numbers = np.arange(max(first, replay.inserted - replay.slots.shape[1] + 1), replay.inserted + 1)
     with (partial_path / f"replay/{numbers[0]:012d}-{replay.inserted:012d}.npy").open("wb") as piece:
