@@ -33,8 +33,8 @@ lost life ends the episode for learning and clears the frame stack; Adam's epsil
 taken over: its dueling heads, as the paper names a dense critic; its clipped rewards (--clip-rewards), since return
 normalization takes care of their scale; the end of a step's four frames at a lost life; and its no-ops at the start of
 a game (0 to 29 steps there, 1 to 30 frames here). Open in the paper and chosen here: weight decay is on all parameters,
-biases and norms too, and the batch is 256 (Table 4) for one game as for many. Returns of Eq. 2 end at a lost life, as
-the critic's episodes do.
+biases and norms too, and the batch is 256 (Table 4) for one game as for many; Table 4's action repeat of 1 is taken as
+none beyond the emulator's usual four frames. Returns of Eq. 2 end at a lost life, as the critic's episodes do.
 
 envpool plays the games; ale-py with Gymnasium's AtariPreprocessing is the reference (--env-backend gymnasium). Replay
 holds one 84 x 84 frame a step, 18.4 GB for all 26 games. gym/ tasks with such frames and discrete actions run as well.
@@ -68,7 +68,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -608,7 +608,7 @@ class Replay:
         """The transitions that begin in the given slots of the given tasks, both [...]."""
         returns, steps = np.zeros(slots.shape, np.float32), np.zeros(slots.shape, int)
         terminated, going_on = np.zeros(slots.shape, bool), np.ones(slots.shape, bool)
-        for k in range(self.n_step):
+        for k in range(min(self.n_step, self.size)):
             now = task_ids, (slots + k) % self.slots.shape[1]
             going_on &= self.slots["valid"][now] & ~terminated
             returns += np.where(going_on, self.discount**k * self.slots["reward"][now], 0)
@@ -647,7 +647,7 @@ def main(args: Args) -> None:
     final_episodes = args.final_eval_episodes or 10 * args.eval_episodes
     with Run(args, args.suite or (tasks[0] if args.env_ids else "atari"), args.total_timesteps) as run:
         env_seed, eval_seed = run.seeds()
-        workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
+        workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed, run.stop)
         envs = ParallelEnvs(tasks, 1, env_seed, args.env_backend, workers)
         num_tasks, num_actions = len(tasks), envs.action_dim
         agent = make_agent(args, num_tasks, num_actions, envs.action_dims)
@@ -699,7 +699,7 @@ def main(args: Args) -> None:
             actions = np.asarray(actions)
             envs.send(actions)
             # 2. meanwhile draw the next step's batches, without this step's transitions, and move them to the device
-            rng_state = rng.bit_generator.state  # saved: a resumed run draws these again
+            rng_state = rng.bit_generator.state  # saved: a resumed run draws on from here
             if learning:
                 batches = jax.device_put(draw())
             # 3. receive, store, update Gbar_i; for the critic, a lost life ends an episode
@@ -899,6 +899,7 @@ class EnvPoolTask:
             num_threads=min(num_envs, cores()), seed=seed,
             stack_num=1, frame_skip=4, noop_max=30, full_action_space=True, repeat_action_probability=0.0,
             episodic_life=False, use_fire_reset=False, reward_clip=False, max_episode_steps=MAX_GAME_STEPS,
+            img_height=FRAME[0], img_width=FRAME[1],
         )  # fmt: skip
         self.task_numbers, self.num_envs, self.action_dims = [number], num_envs, [int(self.pool.action_space.n)]
 
@@ -938,6 +939,8 @@ class WorkerEnv:
         self.make(seed)
 
     def make(self, seed: int) -> None:
+        with contextlib.suppress(Exception):  # what failed may hold a port or a process; the first time there is none
+            self.env.close()
         self.generator, self.cached = np.random.MT19937(), None
         self.words = (ctypes.c_uint32 * 625).from_address(self.generator.ctypes.state_address)  # the last: a position
         self.seed, self.done = seed, True
@@ -976,6 +979,8 @@ class WorkerEnv:
         if np.shape(observation) != self.env.observation_space.shape:
             declared = self.env.observation_space.shape
             raise ValueError(f"an observation of shape {np.shape(observation)} where its space has {declared}")
+        with np.errstate(over="ignore"):  # what is infinite in float32 is not finite to the agent
+            observation = np.asarray(observation).astype(OBSERVATION)
         if not np.isfinite(observation).all():
             raise ValueError("an observation that is not finite")
         self.done = terminated or truncated
@@ -1032,21 +1037,24 @@ def results_type(shape: tuple[int, ...]) -> np.dtype:
 
 # Copied from brc_sac_continuous.py
 def run_worker(connection) -> None:
-    """Body of a worker process: makes, resets and steps environments as the main process asks, and ends with it.
-    Signals are the main process' to handle."""
+    """Body of a worker process: makes, resets and steps environments as the main process asks, and closes them when it
+    is asked to end or the main process has ended. Signals are the main process' to handle."""
 
     def end_with_parent():
         multiprocessing.parent_process().join()
+        time.sleep(Worker.grace)  # an environment that hangs is not closed
         os._exit(0)
 
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    for signum in set(SIGNALS) - {signal.SIGINT}:  # which is ignored since the fork server began
+        # no SIG_IGN, which processes that a task starts would inherit: they could not be terminated
+        signal.signal(signum, lambda *_: None)
+        os.register_at_fork(after_in_child=partial(signal.signal, signum, signal.SIG_DFL))
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
     try:
-        while True:
-            group, *message = connection.recv()
+        while request := connection.recv():
+            group, *message = request
             try:
                 if group is None:
                     groups.append(WorkerEnvs(connection, *message))
@@ -1056,6 +1064,9 @@ def run_worker(connection) -> None:
                 by_user = isinstance(error, UserError)
                 connection.send({"error": str(error) if by_user else describe(error), "by_user": by_user})
     finally:
+        for env in (env for group in groups for env in group.envs):
+            with contextlib.suppress(Exception):
+                env.env.close()
         os._exit(0)
 
 
@@ -1068,15 +1079,17 @@ class WorkerFailure(Exception):
 class Worker:
     """A worker process, which may hold environments of several ParallelEnvs, started again when it died or hung.
 
-    timeout: seconds for one answer. report: called with every failure, the process' or an environment's.
+    timeout: seconds for one answer. report: called with every failure, the process' or an environment's. stop: once it
+    fills, a step has `grace` seconds more.
     """
 
     max_failures, failures_apart = 5, 1000  # so many failures with fewer steps between them are one too many
+    grace = 5
 
-    def __init__(self, timeout: float, report: Callable[[str], None]):
-        self.timeout, self.report, self.process, self.groups = timeout, report, None, []
+    def __init__(self, timeout: float, report: Callable[[str], None], stop):
+        self.timeout, self.report, self.stop, self.process, self.groups = timeout, report, stop, None, []
         self.failures = self.steps = 0
-        atexit.register(self.kill)
+        atexit.register(self.close)
         self.start()
 
     def start(self) -> None:
@@ -1093,22 +1106,33 @@ class Worker:
             self.connection.close()
         self.process = None
 
+    def close(self) -> None:
+        """Ends the process, which closes its environments first: they may have processes of their own."""
+        if self.process:
+            self.ask()
+            self.process.join(self.grace)
+            self.kill()
+
     def ask(self, *message) -> None:
         with contextlib.suppress(OSError):  # it died, and will not answer either
             self.connection.send(message)
 
-    def answer(self, culprit: Callable[[], str]) -> Any:
+    def answer(self, culprit: Callable[[], str], stop=()) -> Any:
         """Raises WorkerFailure if there is none, UserError if it is one. culprit(): the task that is at work."""
         reason = "ended its worker process, perhaps for lack of memory"
         with contextlib.suppress(EOFError, OSError):
-            if self.connection.poll(self.timeout):
+            deadline, here = time.monotonic() + self.timeout, False
+            while not (here or stop) and time.monotonic() < deadline:
+                here = self.connection.poll(min(1, self.timeout))
+            if here or (stop and self.connection.poll(min(self.grace, self.timeout))):
                 answer = self.connection.recv()
                 if not isinstance(answer, dict):
                     return answer
                 if answer["by_user"]:
                     raise UserError(answer["error"])
                 raise WorkerFailure(f"{culprit()} failed: {answer['error']}")
-            reason = f"gave no answer within {self.timeout:g} s (--env-timeout)"
+            limit = f"{self.grace} s of the stop" if stop else f"{self.timeout:g} s (--env-timeout)"
+            reason = f"gave no answer within {limit}"
         raise WorkerFailure(f"{culprit()} {reason}")
 
     def failed(self, *reasons: str) -> None:
@@ -1167,7 +1191,7 @@ class WorkerGroup:
 
     def recv(self) -> Results:
         try:
-            if failures := self.worker.answer(self.at_work):
+            if failures := self.worker.answer(self.at_work, self.worker.stop):
                 self.worker.failed(*failures)
         except (WorkerFailure, UserError) as error:
             self.worker.kill()
@@ -1182,7 +1206,7 @@ class WorkerGroup:
         return self.tasks[self.results["stepping"].argmax()]
 
     def close(self) -> None:
-        self.worker.kill()
+        self.worker.close()
 
 
 # Copied from brc_sac_continuous.py
@@ -1196,8 +1220,8 @@ class EnvWorkers:
 
     heavy_modules = ("jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium")
 
-    def __init__(self, number: int | None = None, timeout: float = 600, report: Callable[[str], None] = print):
-        self.number, self.timeout, self.report, self.workers = number or cores(), timeout, report, []
+    def __init__(self, number: int | None = None, timeout: float = 600, report: Callable[[str], None] = print, stop=()):
+        self.number, self.about, self.workers = number or cores(), (timeout, report, stop), []
 
     def make(self, numbers: list[int], tasks: list[str], seeds: list[int]) -> list[WorkerGroup]:
         """One environment of each task that `numbers` counts."""
@@ -1212,7 +1236,7 @@ class EnvWorkers:
                 raise UserError(f"cannot start worker processes: {error}; {way_out}") from error
             finally:
                 signal.signal(signal.SIGINT, handler)
-            self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
+            self.workers = [Worker(*self.about) for _ in range(min(self.number, len(numbers)))]
         dealt, load = [[] for _ in self.workers], np.zeros(len(self.workers))
         for number in sorted(numbers, key=lambda number: -step_cost(tasks[number])):
             least = load.argmin()
@@ -1293,7 +1317,7 @@ class ParallelEnvs:
 
     def reset(self) -> np.ndarray:
         """First frames [size, 4, 84, 84], see push_frames: a step that resets all."""
-        self.done, self.last_returns, self.lives = np.ones(self.size, bool), {}, np.zeros(self.size, int)
+        self.done, self.last_returns, self.lives = np.ones(self.size, bool), {}, np.zeros(self.size)
         self.episode_return, self.episode_length = np.zeros(self.size), np.zeros(self.size, int)
         self.frames = np.zeros((self.size, STACK, *FRAME), np.uint8)
         self.send(None)
@@ -1317,17 +1341,18 @@ class ParallelEnvs:
         """Raises FloatingPointError for a reward that is not finite. Rows that were not stepped are as if they had been
         reset."""
         frames, rewards = np.zeros((self.size, *FRAME), np.uint8), np.zeros(self.size, np.float32)
-        (terminated, truncated, restarted, stepped), lives = np.zeros((4, self.size), bool), np.zeros(self.size, int)
+        (terminated, truncated, restarted, stepped), lives = np.zeros((4, self.size), bool), np.zeros(self.size)
         for rows, pool in self.stepping:
             results, stepped[rows] = pool.recv(), True
             frames[rows], rewards[rows], restarted[rows] = results.observations, results.rewards, results.restarted
             terminated[rows], truncated[rows] = results.terminated, results.truncated
-            lives[rows] = np.nan_to_num(results.reported)
+            lives[rows] = results.reported
         began, self.interrupted = (self.done & stepped) | restarted, bool(restarted.any())
         valid = stepped & ~began
         rewards = np.where(valid, rewards, 0)  # a reset's is nothing, whatever the simulator says
         for row in np.flatnonzero(~np.isfinite(rewards)):
             raise FloatingPointError(f"reward of {self.tasks[self.task_ids[row]]}")
+        lives = np.where(np.isnan(lives), np.where(began, 0, self.lives), lives)  # untold is unchanged
         life_lost = valid & (lives < self.lives)
         self.frames, self.lives = push_frames(self.frames, frames, first := life_lost | ~valid), lives
         step = Step(
@@ -1392,40 +1417,51 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
         mean_return = float(np.mean(episode_returns))
         score = normalized_score(task, mean_return)
         table.append({
-            "task": task, "episodes": len(episode_returns), "return": round(mean_return, 4), "success": "",
+            "task": task, "episodes": len(episode_returns), "return": rounded(mean_return), "success": "",
             "score": "" if math.isnan(score) else round(score, 5),
         })  # fmt: skip
     return table
 
 
+VIDEO_FPS = 15  # a frame per step
+
+
+# Copied from brc_sac_continuous.py
 def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
-    """One game of every task as RUN_DIR/videos/<task>-<step>.mp4, a frame per step, up to where the run is stopped.
-    act: as in evaluate. What cannot be drawn is a warning."""
+    """One episode of every task as RUN_DIR/videos/<task>-<step>.mp4, up to where the run is stopped. act: as in
+    evaluate. What cannot be drawn is a warning."""
     for task_id, task in enumerate(envs.tasks):
         if run.stop:
             return
+        path = run.directory.absolute() / "videos" / f"{file_name(task)}-{run.step}.mp4"
         try:
-            record_video(act, task, task_id, run.directory / "videos" / f"{file_name(task)}-{run.step}.mp4", run.stop)
-        except Exception as error:  # a package for drawing may be missing
+            import imageio
+
+            path.parent.mkdir(exist_ok=True)
+            with (
+                contextlib.chdir("."),  # back to here, wherever a task goes
+                warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # JAX's of ffmpeg's fork: it execs
+                imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=2) as video,
+            ):
+                for frame in episode_frames(act, task, task_id, envs, run.stop):
+                    video.append_data(frame)
+        except (Exception, SystemExit) as error:  # a graphics library or a package for drawing may be missing
+            path.unlink(missing_ok=True)
             tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
 
 
-def record_video(act: Callable, task: str, task_id: int, path: Path, stop: list) -> None:
-    import imageio
-
-    env = make_env(task, render_mode="rgb_array")
-    frames, lives, done = push_frames(np.zeros((1, STACK, *FRAME), np.uint8), env.reset()[0][None], [True]), 0, False
-    path.parent.mkdir(exist_ok=True)
-    with warnings.catch_warnings(), imageio.get_writer(path, fps=15, macro_block_size=2) as video:
-        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs at once
+def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, stop: list) -> Iterator[np.ndarray]:
+    """Every step's frame of one game, in color."""
+    with contextlib.closing(make_env(task, render_mode="rgb_array")) as env:
+        frames = push_frames(np.zeros((1, STACK, *FRAME), np.uint8), env.reset()[0][None], [True])
+        lives, done = 0.0, False
         while True:
-            video.append_data(env.render())
+            yield env.render()
             if done or stop:
-                break
+                return
             frame, _, terminated, truncated, info = env.step(int(act(frames, np.array([task_id]))[0]))
-            frames = push_frames(frames, frame[None], [info.get("lives", 0) < lives])
-            lives, done = info.get("lives", 0), terminated or truncated
-    env.close()
+            before, lives = lives, lives if math.isnan(told := reported(info)) else told
+            frames, done = push_frames(frames, frame[None], [lives < before]), terminated or truncated
 
 
 # ======================================================================================================================
@@ -1456,6 +1492,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv)
     if args.resume and args.play:
         raise UserError("--resume and --play exclude each other: give one of them")
+    if "" in (args.resume, args.play):  # as of an unset variable
+        raise UserError("--resume and --play need a run directory, not an empty name")
     if not (args.resume or args.play):
         released = getattr(args, "variant", "paper") == "released-code"
         return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
@@ -1466,7 +1504,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if saved.get("script", SCRIPT) != SCRIPT:
             raise UserError(f"{asked}: that run was made by {saved['script']}, not by this script")
         if args.play:  # the tasks by name, and nothing that writes
-            saved |= {"env_ids": saved["env_info"]["task_names"], "suite": None, "resume": None}
+            saved |= {"env_ids": saved["env_info"]["task_names"], "suite": None, "resume": None, "buffer_size": 12}
             saved |= dict.fromkeys(("save_replay", "capture_video", "log_task_statistics", "track", "heatmap"), False)
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         known = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}  # older runs lack some
@@ -1501,6 +1539,11 @@ def check_ranges(args: Args) -> Args:
 
 def file_name(task: str) -> str:
     return task.replace("/", "-").replace(":", "-")
+
+
+def rounded(value: float) -> float:
+    """To four decimals; a small number to as many digits."""
+    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -1568,7 +1611,7 @@ class Run:
                     break
                 if not self.directory.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, "a file is in the way")
-                self.directory = self.directory.with_name(f"{name}-{number}")
+                self.directory = Path(args.run_root) / f"{name}-{number}"
                 self.created = [self.directory]
             self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
         except OSError as error:
@@ -1980,7 +2023,7 @@ def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict
 def read_counters(path: Path) -> dict:
     """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
     counters = json.loads((path / "checkpoint.json").read_text())
-    if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+    if not isinstance(counters, dict) or counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
         raise ValueError("checkpoint.json does not match its checksum")
     return counters
 
@@ -2052,7 +2095,7 @@ class Output:
         try:
             function(*arguments)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

@@ -55,6 +55,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -64,7 +65,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -848,7 +849,7 @@ def main(args: Args) -> None:
     """Trains one agent on the data of `args`; everything it writes is in its run directory."""
     tasks = list(args.env_ids) if args.play else dataset_tasks(args)  # --play needs no data
     with Run(args, tasks[0], args.total_updates, unit="update") as run:
-        workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed)
+        workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed, run.stop)
         copies = eval_copies(len(tasks), args.eval_episodes)
         eval_envs = ParallelEnvs(tasks, copies, run.seeds()[1], args.env_backend, workers)
         eval_envs.action_repeat, pieces = how_collected(args, tasks)
@@ -1128,6 +1129,7 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
     Raises UserError when a package is missing or the spaces do not fit.
     """
     if seed is not None:
+        random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 (several HumanoidBench tasks draw from NumPy's global generator)
     family, _, name = task.partition("/")
     try:
@@ -1173,7 +1175,7 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
         hint = f"; name the module that registers it, such as gym/gymnasium_robotics:{name}" * unnamed
         raise UserError(f"cannot make {task}: {describe(error)}{hint}") from error
     if isinstance(env.observation_space, gym.spaces.Dict):
-        parts = observation_parts(env.observation_space)
+        parts = observation_parts(env.observation_space, family)
         try:
             size = sum(gym.spaces.flatdim(space) for space in parts.values())
         except (NotImplementedError, ValueError) as error:
@@ -1191,12 +1193,11 @@ def make_env(task: str, render_mode: str | None = None, seed: int | None = None)
     return gym.wrappers.TransformAction(env, partial(own_action, env.action_space), unit)
 
 
-def observation_parts(space: gym.spaces.Dict) -> dict[str, gym.Space]:
-    """What of a Dict is observed, in the space's own order. Of a goal task the observation and the desired goal come
-    first, and the achieved goal is left out: it is part of the observation."""
-    goal = ["observation", "desired_goal"] if {"observation", "desired_goal"} <= set(space) else []
-    others = [key for key in space if not (goal and key in (*goal, "achieved_goal"))]
-    return {key: space[key] for key in (*goal, *others)}
+def observation_parts(space: gym.spaces.Dict, family: str) -> dict[str, gym.Space]:
+    """What of a Dict is observed, in the space's own order: all of it, but for a hand's achieved goal, which is part of
+    the observation. Elsewhere it may not be: AntMaze tells its place there alone."""
+    keys = ("observation", "desired_goal") if family == "shadowhand" else tuple(space)
+    return {key: space[key] for key in keys}
 
 
 def flat_observation(parts: dict[str, gym.Space], observation: dict) -> np.ndarray:
@@ -1332,6 +1333,8 @@ class WorkerEnv:
         self.make(seed)
 
     def make(self, seed: int) -> None:
+        with contextlib.suppress(Exception):  # what failed may hold a port or a process; the first time there is none
+            self.env.close()
         self.generator, self.cached = np.random.MT19937(), None
         self.words = (ctypes.c_uint32 * 625).from_address(self.generator.ctypes.state_address)  # the last: a position
         self.seed, self.done = seed, True
@@ -1370,6 +1373,8 @@ class WorkerEnv:
         if np.shape(observation) != self.env.observation_space.shape:
             declared = self.env.observation_space.shape
             raise ValueError(f"an observation of shape {np.shape(observation)} where its space has {declared}")
+        with np.errstate(over="ignore"):  # what is infinite in float32 is not finite to the agent
+            observation = np.asarray(observation).astype(OBSERVATION)
         if not np.isfinite(observation).all():
             raise ValueError("an observation that is not finite")
         self.done = terminated or truncated
@@ -1423,21 +1428,24 @@ def results_type(shape: tuple[int, ...]) -> np.dtype:
 
 
 def run_worker(connection) -> None:
-    """Body of a worker process: makes, resets and steps environments as the main process asks, and ends with it.
-    Signals are the main process' to handle."""
+    """Body of a worker process: makes, resets and steps environments as the main process asks, and closes them when it
+    is asked to end or the main process has ended. Signals are the main process' to handle."""
 
     def end_with_parent():
         multiprocessing.parent_process().join()
+        time.sleep(Worker.grace)  # an environment that hangs is not closed
         os._exit(0)
 
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    for signum in set(SIGNALS) - {signal.SIGINT}:  # which is ignored since the fork server began
+        # no SIG_IGN, which processes that a task starts would inherit: they could not be terminated
+        signal.signal(signum, lambda *_: None)
+        os.register_at_fork(after_in_child=partial(signal.signal, signum, signal.SIG_DFL))
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
     try:
-        while True:
-            group, *message = connection.recv()
+        while request := connection.recv():
+            group, *message = request
             try:
                 if group is None:
                     groups.append(WorkerEnvs(connection, *message))
@@ -1447,6 +1455,9 @@ def run_worker(connection) -> None:
                 by_user = isinstance(error, UserError)
                 connection.send({"error": str(error) if by_user else describe(error), "by_user": by_user})
     finally:
+        for env in (env for group in groups for env in group.envs):
+            with contextlib.suppress(Exception):
+                env.env.close()
         os._exit(0)
 
 
@@ -1457,15 +1468,17 @@ class WorkerFailure(Exception):
 class Worker:
     """A worker process, which may hold environments of several ParallelEnvs, started again when it died or hung.
 
-    timeout: seconds for one answer. report: called with every failure, the process' or an environment's.
+    timeout: seconds for one answer. report: called with every failure, the process' or an environment's. stop: once it
+    fills, a step has `grace` seconds more.
     """
 
     max_failures, failures_apart = 5, 1000  # so many failures with fewer steps between them are one too many
+    grace = 5
 
-    def __init__(self, timeout: float, report: Callable[[str], None]):
-        self.timeout, self.report, self.process, self.groups = timeout, report, None, []
+    def __init__(self, timeout: float, report: Callable[[str], None], stop):
+        self.timeout, self.report, self.stop, self.process, self.groups = timeout, report, stop, None, []
         self.failures = self.steps = 0
-        atexit.register(self.kill)
+        atexit.register(self.close)
         self.start()
 
     def start(self) -> None:
@@ -1482,22 +1495,33 @@ class Worker:
             self.connection.close()
         self.process = None
 
+    def close(self) -> None:
+        """Ends the process, which closes its environments first: they may have processes of their own."""
+        if self.process:
+            self.ask()
+            self.process.join(self.grace)
+            self.kill()
+
     def ask(self, *message) -> None:
         with contextlib.suppress(OSError):  # it died, and will not answer either
             self.connection.send(message)
 
-    def answer(self, culprit: Callable[[], str]) -> Any:
+    def answer(self, culprit: Callable[[], str], stop=()) -> Any:
         """Raises WorkerFailure if there is none, UserError if it is one. culprit(): the task that is at work."""
         reason = "ended its worker process, perhaps for lack of memory"
         with contextlib.suppress(EOFError, OSError):
-            if self.connection.poll(self.timeout):
+            deadline, here = time.monotonic() + self.timeout, False
+            while not (here or stop) and time.monotonic() < deadline:
+                here = self.connection.poll(min(1, self.timeout))
+            if here or (stop and self.connection.poll(min(self.grace, self.timeout))):
                 answer = self.connection.recv()
                 if not isinstance(answer, dict):
                     return answer
                 if answer["by_user"]:
                     raise UserError(answer["error"])
                 raise WorkerFailure(f"{culprit()} failed: {answer['error']}")
-            reason = f"gave no answer within {self.timeout:g} s (--env-timeout)"
+            limit = f"{self.grace} s of the stop" if stop else f"{self.timeout:g} s (--env-timeout)"
+            reason = f"gave no answer within {limit}"
         raise WorkerFailure(f"{culprit()} {reason}")
 
     def failed(self, *reasons: str) -> None:
@@ -1555,7 +1579,7 @@ class WorkerGroup:
 
     def recv(self) -> Results:
         try:
-            if failures := self.worker.answer(self.at_work):
+            if failures := self.worker.answer(self.at_work, self.worker.stop):
                 self.worker.failed(*failures)
         except (WorkerFailure, UserError) as error:
             self.worker.kill()
@@ -1570,7 +1594,7 @@ class WorkerGroup:
         return self.tasks[self.results["stepping"].argmax()]
 
     def close(self) -> None:
-        self.worker.kill()
+        self.worker.close()
 
 
 class EnvWorkers:
@@ -1583,8 +1607,8 @@ class EnvWorkers:
 
     heavy_modules = ("jax", "flax.linen", "optax", "orbax.checkpoint", "tyro", "gymnasium")
 
-    def __init__(self, number: int | None = None, timeout: float = 600, report: Callable[[str], None] = print):
-        self.number, self.timeout, self.report, self.workers = number or cores(), timeout, report, []
+    def __init__(self, number: int | None = None, timeout: float = 600, report: Callable[[str], None] = print, stop=()):
+        self.number, self.about, self.workers = number or cores(), (timeout, report, stop), []
 
     def make(self, numbers: list[int], tasks: list[str], seeds: list[int]) -> list[WorkerGroup]:
         """One environment of each task that `numbers` counts."""
@@ -1599,7 +1623,7 @@ class EnvWorkers:
                 raise UserError(f"cannot start worker processes: {error}; {way_out}") from error
             finally:
                 signal.signal(signal.SIGINT, handler)
-            self.workers = [Worker(self.timeout, self.report) for _ in range(min(self.number, len(numbers)))]
+            self.workers = [Worker(*self.about) for _ in range(min(self.number, len(numbers)))]
         dealt, load = [[] for _ in self.workers], np.zeros(len(self.workers))
         for number in sorted(numbers, key=lambda number: -step_cost(tasks[number])):
             least = load.argmin()
@@ -1772,10 +1796,11 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
             successes[envs.task_ids[row]].append(envs.episode_success[row])
     table = []
     for task, episode_returns, episode_successes in zip(envs.tasks, returns, successes, strict=True):
-        mean_return, success = np.mean(episode_returns), np.mean(episode_successes)
+        told = np.isfinite(episode_successes).any()  # a task may tell of success alone, and not of its lack
+        mean_return, success = np.mean(episode_returns), np.nan_to_num(episode_successes).mean() if told else np.nan
         score = normalized_score(task, mean_return, success)  # linear in both
         table.append({
-            "task": task, "episodes": len(episode_returns), "return": round(float(mean_return), 4),
+            "task": task, "episodes": len(episode_returns), "return": rounded(float(mean_return)),
             "success": "" if np.isnan(success) else round(float(success), 5),
             "score": "" if np.isnan(score) else round(float(score), 5),
         })  # fmt: skip
@@ -1784,7 +1809,7 @@ def evaluate(act: Callable, envs: ParallelEnvs, episodes: int, stop: list) -> li
 
 def frame_renderer(env: gym.Env):
     """A function that returns an RGB frame [height, width, 3]; HumanoidBench's own fails on current Gymnasium."""
-    if not hasattr(env.unwrapped, "robot"):
+    if not type(env.unwrapped).__module__.startswith("humanoid_bench"):
         return env.render
     import mujoco
 
@@ -1797,42 +1822,48 @@ def frame_renderer(env: gym.Env):
     return render
 
 
+VIDEO_FPS = 30  # every second step
+
+
 def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
-    """One deterministic episode of every task as RUN_DIR/videos/<task>-<step>.mp4, every second frame. act: as in
+    """One episode of every task as RUN_DIR/videos/<task>-<step>.mp4, up to where the run is stopped. act: as in
     evaluate. What cannot be drawn is a warning."""
     for task_id, task in enumerate(envs.tasks):
+        if run.stop:
+            return
+        path = run.directory.absolute() / "videos" / f"{file_name(task)}-{run.step}.mp4"
         try:
-            frames = episode_frames(act, task, task_id, envs, run.stop)
-            if run.stop:
-                return
             import imageio
 
-            path = run.directory / "videos" / f"{file_name(task)}-{run.step}.mp4"
             path.parent.mkdir(exist_ok=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, about the fork that starts ffmpeg: it execs
-                imageio.mimsave(path, frames, fps=30)
-        except Exception as error:  # a graphics library or a package for drawing may be missing
+            with (
+                contextlib.chdir("."),  # back to here, wherever a task goes
+                warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # JAX's of ffmpeg's fork: it execs
+                imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=2) as video,
+            ):
+                for frame in episode_frames(act, task, task_id, envs, run.stop):
+                    video.append_data(frame)
+        except (Exception, SystemExit) as error:  # a graphics library or a package for drawing may be missing
+            path.unlink(missing_ok=True)
             tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
 
 
-def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, stop: list) -> list[np.ndarray]:
-    env = make_env(task, render_mode="rgb_array")
-    render, frames = frame_renderer(env), []
-    observation, done = env.reset()[0], False
-    for time_step in itertools.count():
-        if time_step % 2 == 0:
-            frames.append(render())
-        if done or stop:
-            break
-        if time_step % envs.action_repeat == 0:
-            padded = np.zeros((1, envs.observation_dim), np.float32)
-            padded[0, : len(observation)] = observation
-            action = np.asarray(act(padded, np.array([task_id])))[0]
-        observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
-        done = terminated or truncated
-    env.close()
-    return frames
+def episode_frames(act: Callable, task: str, task_id: int, envs: ParallelEnvs, stop: list) -> Iterator[np.ndarray]:
+    """Every second frame of one episode."""
+    with contextlib.closing(make_env(task, render_mode="rgb_array")) as env:
+        render = frame_renderer(env)
+        observation, done = env.reset()[0], False
+        for time_step in itertools.count():
+            if time_step % 2 == 0:
+                yield render()
+            if done or stop:
+                return
+            if time_step % envs.action_repeat == 0:
+                padded = np.zeros((1, envs.observation_dim), np.float32)
+                padded[0, : len(observation)] = observation
+                action = np.asarray(act(padded, np.array([task_id])))[0]
+            observation, _, terminated, truncated, _ = env.step(action[: env.action_space.shape[0]])
+            done = terminated or truncated
 
 
 # ======================================================================================================================
@@ -1863,6 +1894,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv)
     if args.resume and args.play:
         raise UserError("--resume and --play exclude each other: give one of them")
+    if "" in (args.resume, args.play):  # as of an unset variable
+        raise UserError("--resume and --play need a run directory, not an empty name")
     if not (args.resume or args.play):
         released = getattr(args, "variant", "paper") == "released-code"
         return check_ranges(tyro.cli(Args, args=argv, default=Args(**RELEASED_CODE)) if released else args)
@@ -1873,7 +1906,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if saved.get("script", SCRIPT) != SCRIPT:
             raise UserError(f"{asked}: that run was made by {saved['script']}, not by this script")
         if args.play:  # the tasks by name, and nothing that writes
-            saved |= {"env_ids": saved["env_info"]["task_names"], "suite": None, "resume": None}
+            saved |= {"env_ids": saved["env_info"]["task_names"], "suite": None, "resume": None, "buffer_size": 12}
             saved |= dict.fromkeys(("save_replay", "capture_video", "log_task_statistics", "track", "heatmap"), False)
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         known = {field.name: saved[field.name] for field in fields(Args) if field.name in saved}  # older runs lack some
@@ -1908,6 +1941,11 @@ def check_ranges(args: Args) -> Args:
 
 def file_name(task: str) -> str:
     return task.replace("/", "-").replace(":", "-")
+
+
+def rounded(value: float) -> float:
+    """To four decimals; a small number to as many digits."""
+    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -1975,7 +2013,7 @@ class Run:
                     break
                 if not self.directory.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, "a file is in the way")
-                self.directory = self.directory.with_name(f"{name}-{number}")
+                self.directory = Path(args.run_root) / f"{name}-{number}"
                 self.created = [self.directory]
             self.lock = os.open(self.directory, os.O_RDONLY) if fcntl else None
         except OSError as error:
@@ -2387,7 +2425,7 @@ def save_replay_piece(root: Path, step: int, partial_path: Path, replay) -> dict
 def read_counters(path: Path) -> dict:
     """checkpoint.json of one checkpoint. Raises ValueError if it is damaged."""
     counters = json.loads((path / "checkpoint.json").read_text())
-    if counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
+    if not isinstance(counters, dict) or counters.pop("crc32") != zlib.crc32(json.dumps(counters).encode()):
         raise ValueError("checkpoint.json does not match its checksum")
     return counters
 
@@ -2459,7 +2497,7 @@ class Output:
         try:
             function(*arguments)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

@@ -6,6 +6,7 @@ A process that runs them needs this directory in PYTHONPATH; see the fixture `en
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import gymnasium as gym
@@ -244,6 +245,87 @@ class OwnProcess(Counter):
         return super().step(action)
 
 
+class OwnProgram(Counter):
+    """Its simulator is a program and a process, which it ends and starts again at every reset, and ends when it is
+    closed. It tells the program's number as its observation's last."""
+
+    program = None
+
+    def reset(self, *, seed=None, options=None):
+        self.close()
+        self.program = subprocess.Popen(["sleep", "1000"])
+        context, (connection, theirs) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
+        self.simulator = context.Process(target=echo, args=(theirs,))
+        self.simulator.start()
+        connection.send("ready?")
+        connection.recv()
+        return super().reset(seed=seed)
+
+    def observation(self, action=0.0):
+        observation = super().observation(action)
+        observation[-1] = self.program.pid
+        return observation
+
+    def step(self, action):
+        if self.steps == 20:
+            raise RuntimeError("the program is lost")
+        return super().step(action)
+
+    def close(self):
+        if self.program:
+            self.program.terminate()
+            self.program.wait()
+            self.simulator.terminate()
+            self.simulator.join()
+
+
+class TooLarge(Counter):
+    """A simulation in double precision that blows up at its 21st step, to what single precision cannot hold."""
+
+    def __init__(self, length: int, ends: str):
+        super().__init__(length, ends)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation.astype(np.float64) * (1e300 if self.steps == 21 else 1), *rest
+
+
+class TellsSuccessOnly(Counter):
+    """Says nothing at the ends of even episodes, and success at those of odd ones."""
+
+    def step(self, action):
+        *result, truncated, info = super().step(action)
+        return *result, truncated, {"is_success": True} if truncated and self.episode % 2 else {}
+
+
+class PaysLittle(Counter):
+    """Rewards of a few millionths."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, reward * 1e-6, *rest
+
+
+class HardToFilm(Counter):
+    """Draws on one canvas, holds a robot, as others than HumanoidBench do, and works in a directory of its own."""
+
+    robot, canvas = "arm", np.zeros((64, 64, 3), np.uint8)
+
+    def __init__(self, length: int, ends: str, render_mode=None):
+        super().__init__(length, ends, render_mode=render_mode)
+        os.chdir("/")
+
+    def render(self) -> np.ndarray:
+        self.canvas[:] = super().render()
+        return self.canvas
+
+
+class LeavesWhenFilmed(Counter):
+    def render(self) -> np.ndarray:
+        raise SystemExit("no display")
+
+
 class GlobalRandom(gym.Env):
     """Draws from NumPy's global generator, as some of HumanoidBench do: a number when it is made and at a reset, two at
     a step. draw: a function of np.random; of Gaussians, it keeps the second half of a pair for the next draw.
@@ -378,6 +460,12 @@ REGISTERED = {
     "Prints": (Prints, {"length": 5, "ends": "terminated"}),
     "Exits": (Exits, {"length": 5, "ends": "terminated"}),
     "NotFinite": (NotFinite, {"length": 5, "ends": "terminated"}),
+    "OwnProgram": (OwnProgram, {"length": 5, "ends": "terminated", "size": 4}),
+    "TooLarge": (TooLarge, {"length": 5, "ends": "terminated"}),
+    "TellsSuccessOnly": (TellsSuccessOnly, {"length": 3, "ends": "truncated"}),
+    "PaysLittle": (PaysLittle, {"length": 3, "ends": "truncated"}),
+    "HardToFilm": (HardToFilm, {"length": 20, "ends": "truncated"}),
+    "LeavesWhenFilmed": (LeavesWhenFilmed, {"length": 20, "ends": "truncated"}),
     "OwnProcess": (OwnProcess, {"length": 5, "ends": "terminated"}),
     "Uniform": (GlobalRandom, {"draw": "uniform"}),
     "Gaussian": (GlobalRandom, {"draw": "normal"}),

@@ -90,6 +90,14 @@ class Counter(gym.Env):
         return frame
 
 
+class TellsSomeLives(Counter):
+    """Tells lives at odd steps only, and as an array."""
+
+    def result(self, action: int = -1):
+        frame, info = super().result(action)
+        return frame, {"lives": np.array([info["lives"]])} if self.t % 2 else {}
+
+
 class Slow(Counter):
     """5 ms a step."""
 
@@ -148,6 +156,7 @@ REGISTERED = {
     "Truncates3": (Counter, {"length": 3, "ends": "truncated", "actions": 5}),
     "Truncates20": (Counter, {"length": 20, "ends": "truncated"}),
     "Lives7": (Counter, {"length": 7, "ends": "terminated", "life_lost_at": (2, 5, 7)}),
+    "TellsSomeLives7": (TellsSomeLives, {"length": 7, "ends": "terminated", "life_lost_at": (2, 5, 7)}),
     "LivesTruncated6": (Counter, {"length": 6, "ends": "truncated", "life_lost_at": (3, 20)}),
     "OneChannel": (Counter, {"length": 5, "ends": "terminated", "shape": (84, 84, 1)}),
     "ChannelFirst": (Counter, {"length": 5, "ends": "terminated", "shape": (1, 84, 84)}),

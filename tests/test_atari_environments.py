@@ -252,6 +252,15 @@ def test_lives_of_a_pixel_task(environments):
     assert flags == [*game, (False, False), *game, (False, False)]
 
 
+def test_lives_that_are_not_told_are_unchanged(environments):
+    """The same game, whose odd steps alone tell: a loss is known one step later."""
+    envs = environments([f"{PIXELS}TellsSomeLives7-v0"])
+    envs.reset()
+    lost = [bool(step(envs).life_lost[0]) for _ in range(16)]
+    game = [t in (3, 5, 7) for t in range(1, 8)]
+    assert lost == [*game, False, *game, False]
+
+
 def test_statistics_of_games(environments):
     """Return and length of each row's game, whole at its end, zero at the reset, then begun anew."""
     envs = environments(TWO)

@@ -230,27 +230,33 @@ def test_weights_and_biases_offline(finished):
         assert name.encode() in content, "the scalars of TensorBoard, and the arguments"
 
 
-def test_video(tmp_path):
-    """Evaluation episodes as films: as many frames as promised, and what they show changes."""
+@pytest.mark.parametrize("task", ["Truncates20", "HardToFilm"])
+def test_video(task, tmp_path, monkeypatch):
+    """Evaluation episodes as films: as many frames as promised, and what they show changes. The run's paths are those
+    of where it began."""
     imageio = pytest.importorskip("imageio.v3")
+    monkeypatch.chdir(tmp_path)
     train(
-        *("--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 1, "--capture-video"),
-        *("--run-root", tmp_path, "--run-name", "video"),
+        *("--env-ids", f"gym/gym_tasks:{task}-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 1, "--capture-video"),
+        *("--run-root", ".", "--run-name", "video"),
     )
+    assert brc.checkpoint_steps(tmp_path / "video") == [1]
     videos = sorted((tmp_path / "video" / "videos").iterdir())
-    assert [path.name for path in videos] == [f"gym-gym_tasks-Truncates20-v0-{step}.mp4" for step in (0, 1)]
+    assert [path.name for path in videos] == [f"gym-gym_tasks-{task}-v0-{step}.mp4" for step in (0, 1)]
     frames = imageio.imread(videos[0])
     assert frames.shape in ((10, 64, 64, 3), (11, 64, 64, 3))  # every second of 20, or of 21 with the reset's
     brightness = frames.mean(axis=(1, 2, 3))
     assert (np.diff(brightness) > 5).all(), "the bar must grow from frame to frame"
 
 
-def test_video_that_cannot_be_drawn_does_not_end_the_run(tmp_path, capfd):
+@pytest.mark.parametrize("task", ["PointLeft", "LeavesWhenFilmed"])
+def test_video_that_cannot_be_drawn_does_not_end_the_run(task, tmp_path, capfd):
     train(
-        *("--env-ids", "gym/gym_tasks:PointLeft-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 1, "--capture-video"),
+        *("--env-ids", f"gym/gym_tasks:{task}-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 1, "--capture-video"),
         *("--run-root", tmp_path, "--run-name", "video"),
     )
-    assert "warning: no video of gym/gym_tasks:PointLeft-v0" in capfd.readouterr().err
+    assert f"warning: no video of gym/gym_tasks:{task}-v0" in capfd.readouterr().err
+    assert not list((tmp_path / "video/videos").iterdir())
     assert [row["step"] for row in curve(tmp_path / "video")] == ["0", "1"]
 
 
@@ -305,6 +311,15 @@ def test_play_evaluates_the_newest_good_checkpoint(finished, tmp_path, capsys):
     np.testing.assert_array_equal(policy(observations, task_ids), expected)
 
 
+def test_play_needs_no_memory_for_replay(tmp_path):
+    """A run of a large machine is played on a small one."""
+    train("--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 3, "--run-root",
+          tmp_path, "--run-name", "run")  # fmt: skip
+    about = json.loads((tmp_path / "run/args.json").read_text()) | {"buffer_size": 10**13, "total_timesteps": 10**13}
+    (tmp_path / "run/args.json").write_text(json.dumps(about))
+    assert [row["episodes"] for row in played(brc, tmp_path / "run", "--eval-episodes", 2)[1]] == [2]
+
+
 def test_play_films(tmp_path):
     pytest.importorskip("imageio")
     train("--env-ids", "gym/gym_tasks:Truncates20-v0", *SMALL, *NO_UPDATES, "--total-timesteps", 3, "--run-root",
@@ -316,6 +331,8 @@ def test_play_films(tmp_path):
 PLAY_ERRORS = {  # what is played, and what the line must name
     "nothing": (["--play", "/nowhere/run"], "--play /nowhere/run: no run of this script there"),
     "and resumed": (["--play", "RUN", "--resume", "RUN"], "exclude each other"),
+    "an unset variable": (["--play", "", "--env-ids", REACH], "need a run directory, not an empty name"),
+    "resumed by an unset variable": (["--resume", "", "--env-ids", REACH], "need a run directory, not an empty name"),
     "other arguments": (["--play", "RUN", "--critic-width", "8", "--track"], "not --track, --critic-width;"),
     "another script's": (["--play", "OTHER"], "made by brc_offline_bc"),
     "no checkpoint yet": (["--play", "RUN"], "no undamaged checkpoint in", "wait for one"),
@@ -966,6 +983,7 @@ DAMAGES = {
     "truncated replay": lambda path: truncate(path / "replay" / "000000000020-000000000040.npy"),
     "truncated counters": lambda path: truncate(path / "checkpoint.json"),
     "empty counters": lambda path: (path / "checkpoint.json").write_bytes(b""),
+    "counters that are none": lambda path: (path / "checkpoint.json").write_text("null"),
     "no counters": lambda path: (path / "checkpoint.json").unlink(),
     "no replay piece": lambda path: (path / "replay" / "000000000020-000000000040.npy").unlink(),
     "no replay": lambda path: shutil.rmtree(path / "replay"),

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -345,25 +346,26 @@ def test_dict_observations_are_flattened():
     assert observation.dtype == np.float32 and observation.tolist() == [5, 6, 1, 2, 3, 4]  # Gymnasium sorts the keys
 
 
-def test_goal_environments_show_all_but_the_achieved_goal():
+def test_goal_environments_show_the_achieved_goal():
+    """It may be part of the observation; AntMaze tells its place there alone."""
     observation, _ = brc.make_env("gym/gym_tasks:Goal-v0").reset()
-    assert observation.tolist() == [1, 2, 3, 4, 5]
+    assert observation.tolist() == [6, 7, 4, 5, 1, 2, 3]
     observation, _ = brc.make_env("gym/gym_tasks:GoalAndWind-v0").reset()
-    assert observation.tolist() == [1, 2, 3, 4, 5, 9]
+    assert observation.tolist() == [6, 7, 4, 5, 1, 2, 3, 9]
 
 
 def test_franka_kitchen(environments):
-    """Goals in a Dict of a Dict: 59 observations and the 17 numbers of the desired goal, by the names of its parts."""
+    """Goals in a Dict of a Dict: 59 observations and twice the 17 numbers of a goal, by the names of its parts."""
     pytest.importorskip("gymnasium_robotics", reason="pip install gymnasium-robotics")
     task = "gym/gymnasium_robotics:FrankaKitchen-v1"
     env = brc.make_env(task)
     observation, _ = env.reset(seed=0)
     goal = env.unwrapped.goal
     assert env.action_space.shape == (9,) and env.spec.max_episode_steps == 280
-    np.testing.assert_array_equal(observation[59:], np.concatenate([goal[key] for key in sorted(goal)]).astype("f4"))
+    np.testing.assert_array_equal(observation[17:34], np.concatenate([goal[key] for key in sorted(goal)]).astype("f4"))
     envs = environments([task])
-    assert envs.reset().shape == (1, 76)
-    assert step(envs).valid.all() and step(envs).observations.shape == (1, 76)
+    assert envs.reset().shape == (1, 93)
+    assert step(envs).valid.all() and step(envs).observations.shape == (1, 93)
 
 
 # ------------------------------------------------------------------------------------------------------ metaworld
@@ -602,7 +604,11 @@ def test_an_action_that_is_not_finite_is_not_the_simulators_fault(environments):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("Exits", "SystemExit: licence server lost"), ("NotFinite", "ValueError: an observation that is not finite")],
+    [
+        ("Exits", "SystemExit: licence server lost"),
+        ("NotFinite", "ValueError: an observation that is not finite"),
+        ("TooLarge", "ValueError: an observation that is not finite"),
+    ],
 )
 def test_other_ends_of_a_simulator_are_failures(name, words, environments):
     """It leaves the process, or goes on with numbers that are none: its episode is dropped, it starts again."""
@@ -624,6 +630,31 @@ def test_episodes_have_an_end(task, steps, monkeypatch):
     results = [env.step(np.zeros(env.action_space.shape, np.float32)) for _ in range(steps)]
     assert not any(terminated for *_, terminated, _, _ in results)
     assert [truncated for *_, truncated, _ in results] == [False] * (steps - 1) + [True]
+
+
+@pytest.mark.parametrize("timeout", [600, 1e9])  # of milliseconds poll takes no more than 2**31
+def test_a_run_that_is_stopped_does_not_wait_for_what_hangs(timeout, environments, monkeypatch):
+    """Its episode is dropped, and the learner can be saved, within the time that Slurm or Docker give."""
+    monkeypatch.setattr(brc.Worker, "grace", 1)
+    reports, stop = [], []
+    envs = environments(gym_tasks("Hangs"), workers=brc.EnvWorkers(1, timeout, reports.append, stop))
+    until_the_fault(envs)
+    stop.append(signal.SIGTERM)
+    started = time.monotonic()
+    assert not step(envs).valid.any() and envs.interrupted
+    assert time.monotonic() - started < 10
+    assert reports == ["gym/gym_tasks:Hangs-v0 gave no answer within 1 s of the stop"]
+
+
+def test_a_task_may_end_its_programs_and_is_closed(environments):
+    """What fails is closed before it is made again, as it may hold a port; so is what a run has done with."""
+    reports = []
+    envs = environments(gym_tasks("OwnProgram"), workers=brc.EnvWorkers(1, 60, reports.append))
+    envs.reset()
+    programs = {int(step(envs).observations[0, 3]) for _ in range(30)}
+    assert reports == ["gym/gym_tasks:OwnProgram-v0 failed: RuntimeError: the program is lost"] and len(programs) > 5
+    envs.close()
+    assert not [program for program in programs if os.path.exists(f"/proc/{program}")]
 
 
 def test_a_task_may_start_processes_of_its_own(environments):
@@ -783,6 +814,22 @@ def test_evaluate_counts_whole_episodes(copies, returns, successes, untrained):
     assert [row["return"] for row in (first, second)] == [round(np.mean(episodes), 4) for episodes in returns]
     assert first["success"] == "", "a task that reports no success has none"
     assert second["success"] == round(np.mean(successes), 5), "success at step 2 of 3 is success of the episode"
+
+
+def idle(observations, task_ids):
+    return np.zeros((len(observations), 1), np.float32)
+
+
+def test_success_may_be_told_where_it_is_alone():
+    """An episode of which nothing is told has failed, if others tell of success."""
+    tasks = gym_tasks("TellsSuccessOnly", "Terminates5")
+    rows = brc.evaluate(idle, local_envs(brc, tasks, (1, 1)), 4, [])
+    assert [row["success"] for row in rows] == [0.5, ""]
+
+
+def test_small_returns_are_not_rounded_away():
+    rows = brc.evaluate(idle, local_envs(brc, gym_tasks("PaysLittle"), (1,)), 2, [])
+    assert rows[0]["return"] == pytest.approx(21e-6, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def test_runs_that_start_in_one_second_get_two_directories(tmp_path, monkeypatch
             run.start()
         assert len({run.directory for run in (first, second, third)}) == 3
     assert sorted(path.name.partition("__1700000000")[2] for path in tmp_path.iterdir()) == ["", "-2", "-3"]
+    with new_run(tmp_path, exp_name="sweep/a") as first, new_run(tmp_path, exp_name="sweep/a") as second:
+        assert second.directory == first.directory.with_name(f"{first.directory.name}-2")
 
 
 def test_a_directory_in_use_is_refused_and_free_again_afterwards(tmp_path):
@@ -304,6 +306,22 @@ def test_output_whose_reader_went_away_leads_nowhere():
         for _ in range(3):
             print("unheard", file=output, flush=True)
         assert output.fileno() == writer
+
+
+def test_output_into_a_full_pipe_comes_back_when_it_is_read():
+    """As of a terminal or a supervisor that made it non-blocking."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        output = brc.Output(stream)
+        for _ in range(200):
+            print("x" * 1000, file=output, flush=True)
+        while len(os.read(reader, 1 << 16)) == 1 << 16:
+            pass
+        print("error: why", file=output, flush=True)
+        os.set_blocking(reader, False)
+        assert os.read(reader, 1 << 20).endswith(b"error: why\n")
+    os.close(reader)
 
 
 def test_output_on_a_full_disk_comes_back_with_its_space(tmp_path):

@@ -112,7 +112,7 @@ GOAL = Dict(b=Box(-1, 1, (2,), f32), a=Box(-1, 1, (1,), f32))
 @pytest.mark.parametrize(
     ("space", "size"),
     [
-        (Dict(observation=Box(-1, 1, (3,), f32), desired_goal=GOAL, achieved_goal=GOAL), 6),
+        (Dict(observation=Box(-1, 1, (3,), f32), desired_goal=GOAL, achieved_goal=GOAL), 9),
         (Dict(z=Box(-1, 1, (2,), np.float64), a=Box(-1, 1, (2, 2), f32)), 6),
         (Dict(x=Tuple([Box(-1, 1, (2,), f32), Discrete(3)]), y=gym.spaces.MultiBinary(2)), 7),
     ],
