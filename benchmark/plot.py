@@ -746,15 +746,15 @@ def plot_experiment(name: str, scale: Scale, args: Args, reference: pd.DataFrame
 
 def score_name(tasks: list[str]) -> str:
     """What their score is (E.3)."""
-    names = {"dmc": "return / 1000", "metaworld": "success", "shadowhand": "success", "gym": "return",
+    names = {"dmc": "return / 1000", "metaworld": "success", "shadowhand": "success",
              "atari": "human-normalized score", "humanoidbench": "normalized score"}  # fmt: skip
     found = {names.get(task.partition("/")[0], "score") for task in tasks}
     return found.pop() if len(found) == 1 else "score"
 
 
-def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]], str]:
-    """A run's group, its seed, per task its (step, score) points (where a task has no score, its return), and what its
-    steps are."""
+def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float]]], str, set[str]]:
+    """A run's group, its seed, per task its (step, score) points (where a task has no score, its return), what its
+    steps are, and which tasks have a score."""
     args, damage = scores.read_information(directory)
     if damage:
         raise ValueError(damage)
@@ -768,23 +768,26 @@ def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float
     curves = defaultdict(list)
     for task, step, value in zip(table["task"], table["step"], values, strict=True):
         curves[task].append((step, value))
-    return group, args.get("seed"), dict(curves), "updates" if "total_updates" in args else "steps"
+    unit, scored = "updates" if "total_updates" in args else "steps", set(table["task"][table["score"].notna()])
+    return group, args.get("seed"), dict(curves), unit, scored
 
 
 def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], reference: pd.DataFrame) -> int:
-    """A panel per task and one of the mean score, seeds as thin lines, their mean as a thick one.
+    """A panel per task and one of the mean over the tasks that have a score (if none has: of the returns), seeds as
+    thin lines, their mean as a thick one.
 
     Groups of the same label are one: what single-task runs of a seed learned, each a task, counts as one run. Agents
     that were published on all tasks of the runs are groups, too, as far as the longest run goes.
     """
-    names, groups, units = {}, defaultdict(list), set()
+    names, groups, units, with_score = {}, defaultdict(list), set(), set()
     for directory in directories:
         try:
-            group, seed, curves, unit = read_run(directory)
+            group, seed, curves, unit, found = read_run(directory)
         except (OSError, ValueError) as error:
             print(f"left out {directory}: {error}", file=sys.stderr)
             continue
         units.add(unit)
+        with_score |= found
         names.setdefault(group, labels[len(names)] if len(names) < len(labels) else f"group {len(names) + 1}")
         for other_seed, others in groups[names[group]]:
             if other_seed == seed and not set(others) & set(curves):
@@ -803,20 +806,27 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
     published = published_on(reference[reference["step"] <= end], tasks)
     for agent, rows in published.items():
         for seed, part in rows.groupby("seed"):
+            part = part.assign(score=part["score"].fillna(part["value"]))
             curves = {task: list(zip(r["step"], r["score"], strict=True)) for task, r in part.groupby("task")}
             groups[agent].append((seed, curves))
-    panels = [*tasks, "mean"] if len(tasks) > 1 else tasks
+    scored = [task for task in tasks if task in with_score]
+    averaged = scored or tasks
+    others = [task for task in tasks if task not in averaged]  # a return in the hundreds would drown every score
+    panels = [*tasks, "mean"] if len(averaged) > 1 else tasks
+    if others and panels != tasks:
+        print(f"mean: tasks without a score are left out: {', '.join(others)}", file=sys.stderr)
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.3 * rows), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.3 * rows), squeeze=False, sharey=not others)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for index, (label, runs) in enumerate(groups.items()):
             lines = []
             for seed, curves in runs:
-                found = [dict(curves[task]) for task in (tasks if panel == "mean" else [panel]) if task in curves]
-                if len(found) < (len(tasks) if panel == "mean" else 1):
+                wanted = averaged if panel == "mean" else [panel]
+                found = [dict(curves[task]) for task in wanted if task in curves]
+                if len(found) < len(wanted):
                     if panel == "mean":
-                        lacks = f"it has {len(found)} of {len(tasks)} tasks"
+                        lacks = f"it has {len(found)} of {len(averaged)} tasks"
                         print(f"mean: {label}, seed {seed} is left out: {lacks}", file=sys.stderr)
                     continue
                 steps = sorted(set.intersection(*map(set, found)))  # where all of its tasks were evaluated
@@ -834,13 +844,17 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
             style["marker"] = "D" if len(shared) == 1 else "." if len(shared) < 10 else None
             label = f"{label} ({len(lines)} seed{'s' * (len(lines) > 1)})"
             axis.plot(np.array(shared) / 1e3, mean, label=label, **style)
-        axis.set_title(panel, fontsize=9)
+        of_some = panel == "mean" and others
+        axis.set_title(f"mean of {len(averaged)} scores" if of_some else panel, fontsize=9)
+        if others:
+            axis.set_ylabel("return" if panel in others else score_name(scored), fontsize=8)
         axis.set_xlabel(f"thousand {unit}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    axes[0, 0].set_ylabel(score_name(tasks), fontsize=8)
+    if not others:
+        axes[0, 0].set_ylabel(score_name(tasks) if scored else "return", fontsize=8)
     legend = {}  # by color: what has no mean over all tasks is named by its own panel, the rest by the last one
     for axis in axes.flat:
         legend |= {line.get_color(): (line, name) for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}

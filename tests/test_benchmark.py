@@ -855,7 +855,7 @@ def test_a_seed_that_diverged_stays_in_every_mean(tmp_path, capsys, two_tasks):
     assert curve.to_dict() == pytest.approx({s: 0.8 if s <= length // 2 else 0.4 for s in range(0, length + 1, every)})
 
     args = plot.Args(tuple(str(root / run.name) for run in (whole, diverged)), out=tmp_path / "x.png")
-    (group, *_), (other, _, curves, _) = (plot.read_run(Path(name)) for name in args.what)
+    (group, *_), (other, _, curves, *_) = (plot.read_run(Path(name)) for name in args.what)
     assert group == other and all(points[-1] == (length, 0) for points in curves.values())
     assert plot.main(args) == 0 and said.partition(": ")[2] in capsys.readouterr().err
 
@@ -980,6 +980,23 @@ def test_the_legend_names_what_has_no_mean_over_all_tasks(tmp_path, monkeypatch)
     assert plot.main(args) == 0
     [[legend]] = legends
     assert [text.get_text() for text in legend.get_texts()] == ["first (1 seed)", "second (1 seed)", "both (1 seed)"]
+
+
+def test_scores_and_returns_are_not_averaged(tmp_path, monkeypatch, capsys):
+    """A return of 1,000 and two scores of at most 1 were one mean of 300, on one axis on which no score was seen."""
+    figures = []
+    monkeypatch.setattr(plot, "save_picture", lambda figure, *_, **__: figures.append(figure))
+    tasks = ("metaworld/reach", "gym/Pendulum-v1", "dmc/walker-walk")
+    argv = ("--env-ids", *tasks, "--total-timesteps", "100", "--eval-every", "100")
+    directory = write_run(tmp_path, Run("", "x", SAC, argv, 1, "x"), lambda run, task, step: len(task) / 20)
+    assert plot.main(plot.Args((str(directory),), out=tmp_path / "x.png")) == 0
+    assert capsys.readouterr().err == "mean: tasks without a score are left out: gym/Pendulum-v1\n"
+    drawn = {axis.get_title(): axis for axis in figures[0].axes if axis.lines}
+    assert {title: axis.get_ylabel() for title, axis in drawn.items()} == {
+        "metaworld/reach": "score", "gym/Pendulum-v1": "return", "dmc/walker-walk": "score", "mean of 2 scores": "score"
+    }  # fmt: skip
+    assert {line.get_ydata()[-1] for line in drawn["mean of 2 scores"].lines} == {0.75}
+    assert drawn["gym/Pendulum-v1"].get_ylim()[0] > 2 > drawn["metaworld/reach"].get_ylim()[1], "axes of their own"
 
 
 @pytest.mark.parametrize(("figure", "script", "unit"), [("figure12", OFFLINE, "updates"), ("figure9", SAC, "steps")])
