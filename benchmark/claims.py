@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,18 @@ from scipy.stats import ttest_1samp, ttest_ind
 
 LAPTOP = SCALES["laptop"]
 NARROW, WIDE = LAPTOP.widths
+FIGURES = ("figure1", "figure3", "figure4", "figure5", "figure6", "figure9", "figure10", "figure12")
 
 
 @dataclass
 class Args:
     runs: Annotated[Path, tyro.conf.Positional]
     """directory of the run directories"""
+
+
+@cache  # several rows read the same run
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def runs_of(figure: str, label: str, panel: str | None = None, x: int | None = None) -> list[Run]:
@@ -54,16 +61,24 @@ def difference(more: dict[int, float], less: dict[int, float]) -> dict[int, floa
 
 
 def mean_score(first: float, last: float, tasks: tuple[str, ...] = ()) -> Callable[[Run, Path], float]:
-    """Mean score over (the given) tasks and the evaluations between two shares of the run; NaN of an unfinished one."""
+    """Mean score over (the given) tasks and the planned evaluations between two shares of the run; NaN of an unfinished
+    one, and of one that lacks any of them."""
 
     def number(run: Run, directory: Path) -> float:
-        evaluations, _ = scores.read_evaluations(directory)
+        evaluations, problem = scores.read_evaluations(directory)
+        if problem and directory.is_dir():
+            warn(f"{directory}: {problem}")
         if not len(evaluations) or evaluations["step"].max() < run.length:
             return np.nan
         wanted = [task for task in tasks or run.tasks(LAPTOP) if scores.has_score(task)]
-        share = evaluations["step"] / run.length
-        chosen = (share >= first - 1e-9) & (share <= last + 1e-9) & evaluations["task"].isin(wanted)
-        return float(evaluations[chosen]["score"].mean())
+        planned = {*range(0, run.length, int(run.flag("--eval-every"))), run.length}
+        steps = [step for step in planned if first - 1e-9 <= step / run.length <= last + 1e-9]
+        values = evaluations[evaluations["step"].isin(steps) & evaluations["task"].isin(wanted)]["score"].dropna()
+        if len(values) < len(steps) * len(wanted):
+            counts = f"{len(values)} of {len(steps) * len(wanted)} scores"
+            warn(f"{directory}: counts as not run, as it has {counts} from step {min(steps):,} to {max(steps):,}")
+            return np.nan
+        return float(values.mean())
 
     return number
 
@@ -75,7 +90,7 @@ def statistic(compute: Callable[[dict], float]) -> Callable[[Run, Path], float]:
     def number(run: Run, directory: Path) -> float:
         arrays, problem = scores.read_statistics(directory / "statistics" / f"{run.length}.npz")
         if problem.startswith("damaged"):
-            print(f"warning: {directory}: {problem}", file=sys.stderr)
+            warn(f"{directory}: {problem}")
         return compute(arrays) if arrays else np.nan
 
     return number
@@ -186,6 +201,10 @@ def claims_table(root: Path) -> list[list[str]]:
 def main(args: Args) -> int:
     if not args.runs.is_dir():
         return fail(f"{args.runs} is no directory; launch.py writes to its --run-root")
+    planned = [run.name for figure in FIGURES for run in EXPERIMENTS[figure].runs(LAPTOP)]
+    if not any((args.runs / name).is_dir() for name in planned):
+        make = f"python benchmark/launch.py {' '.join(FIGURES)} --run-root {args.runs}"
+        return fail(f"{args.runs} has none of the runs that the claims are about; to make them: {make}")
     header = ["figure", "claim", "claimed higher, by seed", "claimed lower", "difference, 95% interval", "verdict"]
     for cells in (header, ["---"] * len(header), *claims_table(args.runs)):
         print("| " + " | ".join(cells) + " |")

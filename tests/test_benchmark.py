@@ -702,8 +702,35 @@ def test_claims(finished, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(claims, "LAPTOP", replace(LAPTOP, seeds=5))
     assert claims.claim_row(1, "", high, low)[5] == "seen (2 of 5 seeds)"
     assert claims.claim_row(1, "", {**high, 3: 0.85}, low)[5] == "seen (3 and 2 of 5 seeds)"
-    assert claims.main(claims.Args(tmp_path)) == 0 and capsys.readouterr().out.count("| not run |") == 36
-    assert claims.main(claims.Args(tmp_path / "none")) == 2 and capsys.readouterr().err.startswith("error: ")
+    for folder, words in ((tmp_path, "none of the runs"), (tmp_path / "none", "no directory")):
+        assert claims.main(claims.Args(folder)) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and re.fullmatch(f"error: {folder} .*{words}.*\n", output.err)
+
+
+def test_claims_of_runs_that_lack_something(monkeypatch, tmp_path, capsys):
+    """A mean of what is left is another number: without an evaluation or a task a run counts as not run, and is told.
+    So is, once, what is wrong with its files."""
+    monkeypatch.setattr(claims, "LAPTOP", LAPTOP)
+    for label in ("MH-SAC*", "BRC*"):
+        runs = [run for run in EXPERIMENTS["figure1"].runs(LAPTOP) if run.label == label]
+        path = [write_run(tmp_path, run, known) / "eval.csv" for run in runs][0]
+        lines = path.read_text().splitlines(keepends=True)
+        gone = "12500," if label == "BRC*" else runs[0].tasks(LAPTOP)[0]
+        path.write_text("".join(line for line in lines if not (line.startswith(gone) or f",{gone}," in line)))
+    last = path.parent.with_name(runs[1].name)
+    (last / "eval.csv").write_text((last / "eval.csv").read_text()[:-1])
+    assert claims.main(claims.Args(tmp_path)) == 0
+    output = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in output.out.splitlines()]
+    assert rows[5][2] == "-" and len(rows[5][3].split()) == 1 and rows[5][5] == "not run"
+    told = [line for line in output.err.splitlines() if runs[0].name in line or runs[1].name in line]
+    assert [line.partition("__")[2][8:] for line in told] == [
+        "1: counts as not run, as it has 12 of 18 scores from step 10,000 to 15,000",
+        "2: damaged eval.csv: line 43 and what follows is left out",
+        "1: counts as not run, as it has 0 of 6 scores from step 12,500 to 12,500",  # Figure 9's
+    ]  # fmt: skip
+    assert sum("counts as not run, as it has 15 of 18 scores" in line for line in output.err.splitlines()) == 1
 
 
 def test_mean_over_all_panels(monkeypatch, tmp_path, capsys, two_tasks):
