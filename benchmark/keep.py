@@ -41,7 +41,8 @@ def keep(run: Path, out: Path) -> None:
     for old in (*(directory / name for name in TABLES), *directory.glob("statistics/*.npz")):  # of when it was shorter
         old.unlink(missing_ok=True)
     files = [run / name for name in TABLES if (run / name).exists()]
-    statistics = sorted(run.glob("statistics/*.npz"), key=lambda path: int(path.stem))
+    steps = [path for path in run.glob("statistics/*.npz") if path.stem.isdecimal()]  # others are not the script's
+    statistics = sorted(steps, key=lambda path: int(path.stem))
     for file in files + statistics[-1:]:
         target = directory / file.relative_to(run)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +53,9 @@ def main(args: Args) -> int:
     if missing := [run for run in args.runs if not run.is_dir()]:
         return fail(f"{missing[0]} is no run directory")
     whole = [run for run in args.runs if finished(run)]
+    if not whole:
+        names = ", ".join(run.name for run in args.runs)
+        return fail(f"none of the runs is finished: {names}; the command that made them continues them")
     names = [run.resolve().name for run in whole]
     if twice := [name for name in names if names.count(name) > 1]:
         return fail(f"two runs are called {twice[0]}: keep them in two folders")

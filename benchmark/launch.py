@@ -231,11 +231,14 @@ def diverged(directory: Path) -> bool:
 
 
 def last_step(directory: Path) -> int:
-    """Of eval.csv; -1 where there is none."""
+    """The last one of eval.csv at which all tasks of the first one have a row; -1 where there is none."""
+    tasks = {}
     try:
         with (directory / "eval.csv").open() as file:
-            return int([row["step"] for row in csv.DictReader(file)][-1])
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):  # another one was cut
+                tasks.setdefault(int(row["step"]), set()).add(row["task"])
+        return max(step for step, found in tasks.items() if found >= tasks[min(tasks)])
+    except (OSError, ValueError, KeyError, TypeError):
         return -1
 
 

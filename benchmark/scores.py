@@ -55,17 +55,21 @@ def has_score(task: str) -> bool:
 def read_table(path: Path, columns: tuple[str, ...]) -> tuple[pd.DataFrame, str]:
     """A CSV file up to its first bad row, numbers as float (empty: NaN), and what is wrong with it ('': nothing).
 
-    A run that is killed may leave a cut last row, a broken disk anything.
+    The scripts replace their files whole; a copy that was cut may end in a number that lost its last digits, and so a
+    last line without a line end is bad, too.
     """
     rows, problem = [], ""
     try:
         with path.open(newline="", errors="replace") as file:
-            reader = csv.reader(file)
+            lines = list(file)
+            reader = csv.reader(lines)
             header = next(reader, None)
             if header != list(columns):
                 return pd.DataFrame(columns=columns), f"damaged {path.name}: its first line is no header"
             for row in reader:
                 try:
+                    if not lines[reader.line_num - 1].endswith("\n"):
+                        raise ValueError("cut")
                     cells = zip(columns, row, strict=True)
                     rows.append({k: TYPES[k](v) if k in TYPES else float(v or "nan") for k, v in cells})
                 except ValueError:
@@ -124,6 +128,9 @@ def read_information(directory: Path) -> tuple[dict, str]:
         information = json.loads((directory / "args.json").read_text())
         if not isinstance(information.get("env_info"), dict):
             return {}, "damaged args.json: it has no env_info"
+        for name in ("eval_every", "total_timesteps", "total_updates", "diverged_at"):
+            if not isinstance(information.get(name, 0), int):
+                return {}, f"damaged args.json: {name} is {information[name]!r}, no whole number"
         return information, ""
     except FileNotFoundError:
         return {}, "no args.json"

@@ -326,6 +326,17 @@ def test_a_run_that_others_read_is_finished_when_it_has_written_all(tmp_path):
     assert launch.Job("other", ["x.py"], 60, "other", str(tmp_path), []).state() == "finished"
 
 
+def test_a_run_is_finished_when_its_last_step_has_all_tasks(tmp_path):
+    """A copy that was cut in its last evaluation had reached the end, by its last row."""
+    rows = [f"{step},0,1,{task},1,1,,0.5" for step in (0, 60) for task in ("x/a", "x/b")]
+    whole = "\n".join([",".join(scores.EVAL_COLUMNS), *rows, ""])
+    (tmp_path / "args.json").write_text('{"total_timesteps": 60}')
+    for text, step in ((whole, 60), (whole[:-1], 0), (whole[:-12], 0), (whole.rsplit("60", 1)[0], 0), ("step\n", -1)):
+        (tmp_path / "eval.csv").write_text(text)
+        assert launch.last_step(tmp_path) == step, text
+        assert keep.finished(tmp_path) == (step == 60)
+
+
 def test_embedding_transfer_is_finished_with_its_last_task(tmp_path):
     """It writes its tables after each task: one that was stopped after the first was never continued, and kept."""
     command = ["x.py", "--protocol", "embedding", "--heatmap"]
@@ -775,6 +786,28 @@ def test_empty_runs(tmp_path, capsys):
     assert not (tmp_path / "plots").exists()
 
 
+def test_a_row_whose_last_number_was_cut_is_damaged(tmp_path):
+    """0.85 cut to 0 is a number, too."""
+    text = ",".join(scores.EVAL_COLUMNS) + "\n0,0,1.0,x,1,5,0.85,0.85\n10,0,1.0,x,1,5,0.85,0.85\n"
+    (tmp_path / "eval.csv").write_text(text)
+    assert scores.read_table(tmp_path / "eval.csv", scores.EVAL_COLUMNS)[1] == ""
+    (tmp_path / "eval.csv").write_text(text[:-4])
+    table, problem = scores.read_table(tmp_path / "eval.csv", scores.EVAL_COLUMNS)
+    assert table["score"].tolist() == [0.85]
+    assert problem == "damaged eval.csv: line 3 and what follows is left out"
+
+
+@pytest.mark.parametrize("name", ["eval_every", "total_timesteps", "diverged_at"])
+def test_an_edited_args_json_is_damaged(name, tmp_path, capsys):
+    run = EXPERIMENTS["figure7"].runs(LAPTOP)[0]
+    path = write_run(tmp_path, run, lambda *_: np.nan) / "args.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eval_every": 2500, name: "x"}))
+    assert plot.main(plot.Args((str(path.parent),), out=tmp_path / "x.png")) == 2
+    told = f"left out {path.parent}: damaged args.json: {name} is 'x', no whole number"
+    assert capsys.readouterr().err.splitlines() == [told, "error: no run could be read"]
+    assert len(scores.read_evaluations(path.parent)[0])
+
+
 def test_unfinished_and_damaged_runs(tmp_path, capsys, two_tasks):
     """Curves go as far as the runs did; final scores come from finished ones; every fault is named once."""
     root, by_label = tmp_path / "runs", {}
@@ -1138,6 +1171,7 @@ def test_keep_copies_what_plots_need(tmp_path, capsys):
         directory = write_run(tmp_path / "runs", run, known)
         (directory / "checkpoints").mkdir()
         (directory / "statistics" / "900.npz").write_bytes(b"older")
+        (directory / "statistics" / "notes.npz").write_bytes(b"another's")
     assert keep.main(keep.Args(tuple((tmp_path / "runs").iterdir()), tmp_path / "kept")) == 0
     names = {"args.json", "eval.csv", f"statistics/{runs[0].length}.npz"}
     for run in runs:
@@ -1148,11 +1182,13 @@ def test_keep_copies_what_plots_need(tmp_path, capsys):
     assert keep.main(keep.Args((tmp_path / "none",), tmp_path / "kept")) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'none'} is no run directory\n"
     (tmp_path / "begun").mkdir()
-    assert keep.main(keep.Args((tmp_path / "begun",), tmp_path / "other")) == 0
-    output = capsys.readouterr()
-    assert output.err == "not finished, left out: begun\n" and output.out.startswith("kept 0 runs")
+    assert keep.main(keep.Args((tmp_path / "begun",), tmp_path / "other")) == 2
+    assert capsys.readouterr().err.startswith("error: none of the runs is finished: begun; ")
 
     name = runs[0].name
+    assert keep.main(keep.Args((tmp_path / "begun", tmp_path / "runs" / name), tmp_path / "other")) == 0
+    output = capsys.readouterr()
+    assert output.err == "not finished, left out: begun\n" and output.out.startswith("kept 1 runs")
     (tmp_path / "kept" / name / "statistics" / "1.npz").touch()  # of a shorter run
     assert keep.main(keep.Args((tmp_path / "runs" / name,), tmp_path / "kept")) == 0
     assert len(list((tmp_path / "kept" / name / "statistics").iterdir())) == 1
