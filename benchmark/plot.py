@@ -623,7 +623,7 @@ def humanoid_scores(data: Data):
     ours = [scores.sac.HUMANOIDBENCH.get(task.partition("/")[2], (np.nan, np.nan)) for task in table["task"]]
     table["script_random"], table["script_optimal"] = zip(*ours, strict=True)
     table["built"] = table["task"].isin(built)
-    return None, table
+    return None, table if built else table[:0]
 
 
 def atari_table() -> pd.DataFrame:
@@ -772,7 +772,7 @@ def read_run(directory: Path) -> tuple[str, int, dict[str, list[tuple[int, float
     return group, args.get("seed"), dict(curves), unit, scored
 
 
-def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], reference: pd.DataFrame) -> int:
+def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], references: tuple[Path, ...]) -> int:
     """A panel per task and one of the mean over the tasks that have a score (if none has: of the returns), seeds as
     thin lines, their mean as a thick one.
 
@@ -803,7 +803,10 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
     tasks = list(dict.fromkeys(task for runs in groups.values() for _, curves in runs for task in curves))
     ours = [curves for runs in groups.values() for _, curves in runs]
     end = max(step for curves in ours for points in curves.values() for step, _ in points)
+    reference = read_references(references, tasks)
     published = published_on(reference[reference["step"] <= end], tasks)
+    if references and not published:
+        print("--reference: no agent was published on all tasks of these runs, so there is no curve", file=sys.stderr)
     for agent, rows in published.items():
         for seed, part in rows.groupby("seed"):
             part = part.assign(score=part["score"].fillna(part["value"]))
@@ -870,11 +873,16 @@ def plot_runs(directories: list[Path], out: Path, labels: tuple[str, ...], refer
 # ------------------------------------------------------------------------------------------------------------ main
 
 
-def read_references(paths: tuple[Path, ...]) -> pd.DataFrame:
-    """All published curves as one table; says what is wrong with them. Raises BadReference."""
+def read_references(paths: tuple[Path, ...], tasks: list[str]) -> pd.DataFrame:
+    """All published curves as one table; says what is wrong with them. Raises BadReference, also for a file that has
+    none of the tasks that are plotted."""
     references = [scores.read_reference(path) for path in paths]
-    for problem in [problem for _, problem in references if problem]:
-        print(problem, file=sys.stderr)
+    for path, (table, problem) in zip(paths, references, strict=True):
+        if not table["task"].isin(tasks).any():
+            found = ", ".join(map(str, table["task"].unique()[:3])) or "none"
+            raise scores.BadReference(f"--reference {path}: no task to plot, such as {tasks[0]}; it has {found}")
+        if problem:
+            print(problem, file=sys.stderr)
     nothing = pd.DataFrame(columns=["agent", "task", "seed", "step", "value", "score"])
     return pd.concat([table for table, _ in references] or [nothing], ignore_index=True)
 
@@ -899,8 +907,7 @@ def plot(args: Args) -> int:
         out = args.out or Path("curves.png")
         if out.suffix[1:] not in plt.figure().canvas.get_supported_filetypes():
             return fail(f"--out {out}: for run directories give a picture, such as curves.png")
-        reference = read_references(args.reference)
-        return plot_runs([Path(name) for name in args.what], out, args.labels, reference)
+        return plot_runs([Path(name) for name in args.what], out, args.labels, args.reference)
     if rest := [name for name in args.what if name not in EXPERIMENTS]:
         return fail(f"'{rest[0]}' is no experiment: {', '.join(EXPERIMENTS)}; experiments read --runs DIRECTORY")
     if not args.runs.is_dir():
@@ -909,13 +916,11 @@ def plot(args: Args) -> int:
         return fail("--reps: must be at least 1")
     if args.out and args.out.exists() and not args.out.is_dir():
         return fail(f"--out {args.out}: for experiments give a directory")
-    reference = read_references(args.reference)
     found = [name for name in SCALES if any(args.runs.glob(f"{name}-*"))] or ["laptop"]
-    plotted = [
-        plot_experiment(name, SCALES[scale], args, reference)
-        for name in experiments
-        for scale in ([args.scale] if args.scale else found)
-    ]
+    scales = [SCALES[name] for name in ([args.scale] if args.scale else found)]
+    runs = [(run, scale) for name in experiments for scale in scales for run in EXPERIMENTS[name].runs(scale)]
+    reference = read_references(args.reference, list(dict.fromkeys(t for run, scale in runs for t in run.tasks(scale))))
+    plotted = [plot_experiment(name, scale, args, reference) for name in experiments for scale in scales]
     return 0 if any(plotted) else 1
 
 

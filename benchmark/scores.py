@@ -8,6 +8,7 @@ in a list of lines, never silently. A run that diverged is not left out: see cou
 import csv
 import json
 import sys
+import zlib
 from functools import cache
 from itertools import permutations
 from math import factorial
@@ -36,11 +37,11 @@ TYPES = {"step": int, "updates": int, "task": str, "target": str, "method": str,
 
 def normalized_score(task: str, value: float) -> float:
     """E.3's score of a published value, which is a success rate for metaworld and shadowhand and a return elsewhere."""
-    if task.startswith("atari/"):
-        return drq.normalized_score(task, value)
     try:
+        if task.startswith("atari/"):
+            return drq.normalized_score(task, value)
         return sac.normalized_score(task, value, value)
-    except KeyError:  # a HumanoidBench task without a row in Table 2
+    except KeyError:  # a HumanoidBench task without a row in Table 2, a game without one in Table 5
         return np.nan
 
 
@@ -219,13 +220,21 @@ def read_reference(path: Path) -> tuple[pd.DataFrame, str]:
         table = read_npy_tree(path)
     else:
         try:
-            table = pd.read_csv(path)
-        except (OSError, ValueError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+            table = pd.read_csv(path, dtype=dict.fromkeys(("agent", "task", "metric"), str))
+        except (OSError, ValueError, EOFError, zlib.error) as error:  # ParserError, UnicodeDecodeError are ValueErrors
             raise BadReference(f"--reference {path}: {' '.join(str(error).split())}") from error
         columns = ["agent", "task", "seed", "step", "value"]
         if missing := [name for name in columns if name not in table]:
             raise BadReference(f"--reference {path}: a CSV file needs columns {', '.join(columns)}; it lacks "
                                f"{', '.join(missing)}")  # fmt: skip
+        steps, values = (pd.to_numeric(table[name], errors="coerce") for name in ("step", "value"))
+        bad = {name: table[name].isna() for name in ("agent", "task", "seed")}
+        bad |= {"step": ~np.isfinite(steps), "value": values.isna() & table["value"].notna()}
+        for name in (name for name in columns if bad[name].any()):
+            row = int(np.argmax(bad[name]))
+            cell = table[name].iloc[row]
+            what = f"no {name}" if pd.isna(cell) else f"{name} '{cell}' is no number"
+            raise BadReference(f"--reference {path}: row {row + 1} after the first line: {what}")
         if "metric" in table:  # of Meta-World some publish returns as well
             by_success = table["task"].str.startswith(("metaworld/", "shadowhand/"))
             table = table[(table["metric"] == "success") == by_success]

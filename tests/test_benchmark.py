@@ -5,6 +5,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -783,6 +784,7 @@ def test_empty_runs(tmp_path, capsys):
     planned = len(experiments.unique_runs(["figure4"], LAPTOP))
     assert f"figure4 (laptop scale): {planned} of {planned} runs not started" in error
     assert "figure4 (laptop scale): nothing to plot" in error and "launch.py figure7 --scale laptop" in error
+    assert draw("table1", "table2", runs=tmp_path / "runs", out=tmp_path / "plots") == 1
     assert not (tmp_path / "plots").exists()
 
 
@@ -863,7 +865,8 @@ def test_a_picture_that_a_full_disk_refuses_leaves_the_one_before(monkeypatch, t
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
     assert plot.main(plot.Args((str(directory),), out=path)) == 2 and path.read_bytes() == b"before"
-    assert capsys.readouterr().err == f"error: cannot write {path}: No space left on device; choose another --out\n"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: cannot write {path}: No space left on device; choose another --out"
     assert not list(tmp_path.glob(".partial-*"))
 
 
@@ -987,6 +990,26 @@ def test_published_curves_in_three_layouts(finished, tmp_path, capsys):
     published = table_of(tmp_path / "plots", "figure1").query("source == 'published'")
     assert published["label"].tolist() == ["sac (published), 500,000 steps"]
     assert published["mean"].item() == pytest.approx(0.5015)
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    ("x,dmc/dog-run,1,x,5", "row 2 after the first line: step 'x' is no number"),
+    ("x,dmc/dog-run,1,10,zz", "row 2 after the first line: value 'zz' is no number"),
+    ("x,dmc/dog-run,1,,5", "row 2 after the first line: no step"), ("x,,1,10,5", "row 2 after the first line: no task"),
+    ("x,dmc/dog-run,,10,5", "row 2 after the first line: no seed"), ("cut", "end-of-stream"),
+    ("x,atari/nope,1,10,5", "no task to plot, such as metaworld/reach; it has dmc/dog-walk, atari/nope"),
+])  # fmt: skip
+def test_bad_published_curves_are_one_line(row, words, tmp_path, capsys):
+    """Damaged ones, and those of other tasks: a picture without them looks as if there were none."""
+    run = EXPERIMENTS["figure7"].runs(LAPTOP)[0]
+    directory = write_run(tmp_path / "runs", run, known)
+    path = tmp_path / "published.csv.gz"
+    packed = gzip.compress(f"agent,task,seed,step,value\nx,dmc/dog-walk,1,10,5\n{row}\n".encode())
+    path.write_bytes(packed[:-12] if row == "cut" else packed)
+    picture = plot.Args((str(directory),), out=tmp_path / "x.png", reference=(path,))
+    assert plot.main(picture) == draw("figure9", runs=tmp_path / "runs", out=tmp_path, reference=(path,)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"error: --reference {path}: ") and words in line for line in lines)
 
 
 @pytest.mark.parametrize("arguments, words", [
