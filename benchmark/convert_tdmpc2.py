@@ -28,11 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-import tensordict
-import torch
-import tyro
-from tqdm import tqdm
+try:
+    import numpy as np
+    import tensordict
+    import torch
+    import tyro
+    from tqdm import tqdm
+except ImportError as error:
+    print(f"error: {error}; uv run benchmark/convert_tdmpc2.py installs what it needs", file=sys.stderr)
+    sys.exit(2)
 
 SIZES = {  # dm_control's own (|S|, |A|) of each domain, which the chunks pad
     "acrobot": (6, 1), "ball-in-cup": (8, 2), "cartpole": (5, 1), "cheetah": (17, 6), "finger-spin": (9, 2),

@@ -45,7 +45,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch import exit_with
+from launch import exit_with, fail
 
 import brc_drq_atari as drq
 import brc_sac_continuous as brc
@@ -171,14 +171,17 @@ class Update:
     """timed calls (default: as many as fit into 5 seconds, at least 3)"""
 
     def __call__(self) -> list[dict]:
-        return [self.measure(width) for width in self.widths or ((512,) if self.script == "drq" else (256, 512, 1024))]
+        if self.calls is not None and self.calls < 1:
+            raise brc.UserError("--calls: must be at least 1")
+        widths = {"sac": (256, 512, 1024), "drq": (512,)}[self.script] if self.widths is None else self.widths
+        return [self.measure(width) for width in widths]
 
     def measure(self, width: int) -> dict:
-        sizes = {"critic_width": width}
-        sizes["batch_size"] = self.batch_size or {"sac": 1024, "drq": 256}[self.script]  # Tables 3 and 4
+        batch_size = {"sac": 1024, "drq": 256}[self.script] if self.batch_size is None else self.batch_size
+        sizes = {"critic_width": width, "batch_size": batch_size}  # by default of Tables 3 and 4
         task_ids, key = np.arange(self.num_tasks), jax.random.PRNGKey(0)
         if self.script == "sac":
-            args = brc.Args(**sizes, dtype=self.dtype)
+            args = brc.check_ranges(brc.Args(**sizes, dtype=self.dtype))
             agent = brc.make_agent(args, self.num_tasks, self.observation_dim, self.action_dim)
             batches = random_batch(args.utd, args.batch_size, self.observation_dim, self.action_dim, self.num_tasks)
             flops = matmul_flops(args, self.observation_dim, self.action_dim, args.embedding_size)
@@ -186,7 +189,7 @@ class Update:
             act = lambda state: agent.act(state.actor, state.critic, key, 0, observations, task_ids)  # noqa: E731
         else:
             num_actions = 18  # the full action space
-            args = drq.Args(**sizes, encoder_channels=self.encoder_channels, dtype=self.dtype)
+            args = drq.check_ranges(drq.Args(**sizes, encoder_channels=self.encoder_channels, dtype=self.dtype))
             agent = drq.make_agent(args, self.num_tasks, num_actions)
             batches = random_frames(args.utd, args.batch_size, num_actions, self.num_tasks)
             flops = convolution_flops(args, num_actions, args.embedding_size)
@@ -499,7 +502,9 @@ class Environments:
     """rounds, in which the two take turns"""
 
     def __call__(self) -> list[dict]:
-        rows, rng = [], np.random.default_rng(0)
+        rows, rng, known = [], np.random.default_rng(0), [*brc.SUITES, *drq.SUITES]
+        if unknown := [suite for suite in self.suites if suite not in known]:  # before the others take their minutes
+            raise brc.UserError(f"unknown suite '{unknown[0]}'; suites: {', '.join(known)}")
         for suite in self.suites:
             script = drq if suite in drq.SUITES else brc
             tasks, _ = script.SUITES[suite]
@@ -586,7 +591,7 @@ class Plan:
         return [self.predict(width) for width in self.widths]
 
     def predict(self, width: int) -> dict:
-        args, devices = brc.Args(critic_width=width, batch_size=1024), jax.device_count()
+        args, devices = brc.check_ranges(brc.Args(critic_width=width, batch_size=1024)), jax.device_count()
         agent = brc.make_agent(args, self.num_tasks, self.observation_dim, self.action_dim)
         state = jax.eval_shape(lambda: agent.init(0))
         laid_out, everywhere = brc.layouts(state)
@@ -622,7 +627,7 @@ def array_bytes(result: str) -> int:
     return 4 * sum(math.prod(map(int, shape.split(","))) if shape else 1 for shape in shapes)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     Command = (
         Annotated[Update, tyro.conf.subcommand("update")]
         | Annotated[Steps, tyro.conf.subcommand("steps")]
@@ -631,8 +636,13 @@ def main() -> None:
         | Annotated[Environments, tyro.conf.subcommand("environments")]
         | Annotated[Plan, tyro.conf.subcommand("plan")]
     )
-    command = tyro.cli(Command, description=__doc__)
-    rows = command()
+    command = tyro.cli(Command, args=argv, description=__doc__)
+    try:
+        rows = command()
+    except (brc.UserError, drq.UserError) as error:
+        return fail(str(error))
+    if not rows:
+        return fail("nothing to measure: a flag that takes several values has none")
     columns = list(rows[0])
     print(" | ".join(columns))
     for row in rows:
@@ -642,6 +652,7 @@ def main() -> None:
         "command": sys.argv[1:], "device": device.device_kind, "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "jax": jax.__version__, "rows": rows,
     }))  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1254,6 +1255,29 @@ def test_speed_of_a_call(monkeypatch):
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert speed.seconds_per_call(function, calls=3) == 2
     assert next(durations, None) is None
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("environments", "--suites", "dmc-dogs", "nope"), ("unknown suite 'nope'", "metaworld", "atari")),
+    (("environments", "--suites"), ("nothing to measure",)), (("update", "--widths"), ("nothing to measure",)),
+    (("steps", "--env-ids", "dmc/nope"), ("dmc/nope",)), (("plan", "--widths", "0"), ("--critic-width 0",)),
+    (("update", "--widths", "0"), ("--critic-width 0",)), (("update", "--batch-size", "0"), ("--batch-size 0",)),
+    (("update", "--calls", "0"), ("--calls",)),
+    (("update", "--script", "drq", "--widths", "0"), ("--critic-width 0",)),
+])  # fmt: skip
+def test_speed_refuses_in_one_line(arguments, words, capsys):
+    assert speed.main(list(arguments)) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and re.fullmatch("error: .*\n", output.err), output.err
+    assert all(word in output.err for word in words)
+
+
+def test_convert_without_its_packages_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensordict", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmark" / "convert_tdmpc2.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert re.fullmatch("error: .*tensordict.*; uv run benchmark/convert_tdmpc2.py .*\n", capsys.readouterr().err)
 
 
 RELEASED = ("--variant", "released-code")
