@@ -71,7 +71,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -904,13 +904,8 @@ def load_pretrained(args: Args, saved: dict) -> Pretrained:
 def target_envs(
     args: Args, task: str, info: SimpleNamespace, num_envs: int, seed: int, workers: "EnvWorkers"
 ) -> "ParallelEnvs":
-    """num_envs copies of a new task, padded to the pretrained agent's sizes. Raises UserError if it is larger."""
+    """num_envs copies of a new task, padded to the pretrained agent's sizes."""
     envs = ParallelEnvs([task], num_envs, seed, args.env_backend, workers)
-    for what in ("observation", "action"):
-        size, largest = getattr(envs, f"{what}_dim"), getattr(info, f"{what}_dim")
-        if size > largest:
-            envs.close()
-            raise UserError(f"{task} has {size} {what}s, the pretrained agent of {args.pretrained} only {largest}")
     envs.observation_dim, envs.action_dim = info.observation_dim, info.action_dim
     envs.action_mask = np.arange(envs.action_dim) < np.array(envs.action_dims)[:, None]
     return envs
@@ -919,14 +914,15 @@ def target_envs(
 def target_information(args: Args, tasks: list[str], info: SimpleNamespace) -> dict:
     """env_info of args.json. Makes every task once, so that one that cannot be made, or is larger than the pretrained
     agent, is refused before anything is loaded."""
-    own_sizes = []
-    for task in tasks:
-        envs = target_envs(args, task, info, 1, args.seed, EnvWorkers(1, args.env_timeout))
-        own_sizes.append((envs.observation_dims[0], envs.action_dims[0]))
-        envs.close()
-    observation_dims, action_dims = zip(*own_sizes, strict=True)
-    own = {"task_names": tasks, "observation_dims": observation_dims, "action_dims": action_dims}
-    return {**envs.information(), "num_tasks": len(tasks), **own}
+    envs = ParallelEnvs(tasks, 1, args.seed, args.env_backend, EnvWorkers(args.env_workers, args.env_timeout))
+    envs.close()
+    largest = {"observation_dim": info.observation_dim, "action_dim": info.action_dim}
+    for name, limit in largest.items():
+        for task, size in zip(tasks, getattr(envs, f"{name}s"), strict=True):
+            if size > limit:
+                what = name.removesuffix("_dim")
+                raise UserError(f"{task} has {size} {what}s, the pretrained agent of {args.pretrained} only {limit}")
+    return {**envs.information(), **largest}
 
 
 def embedding_table(embedding: np.ndarray) -> dict:
@@ -1214,7 +1210,9 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
     run.start(**information)
     if run.total == 0:
         return
-    agents: dict[tuple, Agent] = {}  # by the tasks' own action sizes, so that each is compiled once
+    sizes = pretrained.info.observation_dim, pretrained.info.action_dim
+    # an agent for each of the tasks' own action sizes, compiled once
+    agent_for = cache(lambda own_dims: make_agent(pretrained.settings, 1, *sizes, own_dims, use_embedding=True))
     for number, task in enumerate(tasks):
         if task in finished:
             continue
@@ -1222,11 +1220,8 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         workers = EnvWorkers(args.env_workers, args.env_timeout, run.environment_failed, run.stop)
         envs = target_envs(args, task, pretrained.info, 1, env_seed, workers)
         eval_envs = target_envs(args, task, pretrained.info, eval_copies(1, args.eval_episodes), eval_seed, workers)
-        sizes = envs.observation_dim, envs.action_dim
-        own_dims = tuple(envs.action_dims)
-        if own_dims not in agents:
-            agents[own_dims] = make_agent(pretrained.settings, 1, *sizes, own_dims, use_embedding=True)
-        agent, evaluated = agents[own_dims], {}  # evaluated: by embedding, as the heat map holds some of the others too
+        agent = agent_for(tuple(envs.action_dims))
+        evaluated = {}  # by embedding, as the heat map holds some of the others too
         path = run.directory / "embeddings" / f"{file_name(task)}.npy"
         if args.play:
             states = {("tuned", path.name): with_embedding(pretrained.state, embedding_table(np.load(path)))}
