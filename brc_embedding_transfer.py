@@ -1205,11 +1205,12 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         if not tasks:
             raise UserError(f"--play {args.play}: no embedding is tuned there yet; wait for one")
     run.step, run.last_evaluation = len(finished) * transitions, transitions  # so that all rows of eval.csv are kept
-    if tables["eval.csv"]:
-        run.seconds = float(tables["eval.csv"][-1]["wall_time"])
     run.start(**information)
     if run.total == 0:
         return
+    tables["eval.csv"] = [row for row in run.curve if row["task"] in finished]
+    if tables["eval.csv"]:
+        run.started -= float(tables["eval.csv"][-1]["wall_time"] or 0)
     sizes = pretrained.info.observation_dim, pretrained.info.action_dim
     # an agent for each of the tasks' own action sizes, compiled once
     agent_for = cache(lambda own_dims: make_agent(pretrained.settings, 1, *sizes, own_dims, use_embedding=True))
@@ -1263,7 +1264,7 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         if args.capture_video:
             record_videos(tuned_act, envs, run)  # which makes environments of its own
     run.bar.close()
-    if args.heatmap:
+    if tables["heatmap.csv"]:
         draw_heatmap(tables["heatmap.csv"], pretrained.info.task_names, tasks, run.directory / "heatmap.png")
     width = max(map(len, tasks))
     print(f"{'target':<{width}} {'method':<9} {'return':>10} {'success':>8} {'score':>7}  embedding")
@@ -1299,16 +1300,29 @@ def infer_embeddings(
 # --------------------------------------------------------------------------------------- tables of embedding adaptation
 
 
+TABLE_COLUMNS = ("target", "method", "embedding", "transitions", "episodes", "return", "success", "score")
+
+
 def read_tables(directory: Path) -> dict[str, list[dict]]:
-    """Rows of finished tasks, those in embedding.csv, which is written last."""
+    """Rows of finished tasks, those in embedding.csv, which is written last; none of eval.csv, which part 3 reads. A
+    spreadsheet may have put in a byte order mark and other separators. Raises UserError for other changes."""
     tables = {"heatmap.csv": [], "eval.csv": [], "embedding.csv": []}
-    for name, rows in tables.items():
-        if (directory / name).exists():
-            with (directory / name).open(newline="") as file:
-                rows += csv.DictReader(file)
+    for path in (directory / "heatmap.csv", directory / "embedding.csv"):
+        text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        try:
+            for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=separator):
+                if set(row) != set(TABLE_COLUMNS) or None in row.values():
+                    raise ValueError(f"its columns must be {', '.join(TABLE_COLUMNS)}")
+                values = {name: row[name].strip().replace(",", ".") for name in TABLE_COLUMNS}
+                for number in (values["return"], values["success"] or 0, values["score"] or 0):
+                    float(number)
+                tables[path.name].append(values)
+        except (ValueError, csv.Error) as error:
+            way_out = "restore it, or move it away to go on without it"
+            raise UserError(f"{path} was changed and cannot be read ({error}); {way_out}") from error
     finished = {row["target"] for row in tables["embedding.csv"]}
-    column = {"eval.csv": "task"}
-    return {name: [r for r in rows if r[column.get(name, "target")] in finished] for name, rows in tables.items()}
+    return {name: [row for row in rows if row["target"] in finished] for name, rows in tables.items()}
 
 
 def write_tables(directory: Path, tables: dict[str, list[dict]]) -> None:
@@ -1330,7 +1344,8 @@ def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path:
 
     values = {(row["embedding"], row["target"]): float(row["score"] if row["score"] != "" else row["return"])
               for row in rows}  # fmt: skip
-    matrix = np.array([[values[source, target] for target in targets] for source in sources])
+    # NaN: of tasks finished before heatmap.csv was moved away
+    matrix = np.array([[values.get((source, target), np.nan) for target in targets] for source in sources])
     figure, axes = plt.subplots(figsize=(2.5 + 0.7 * len(targets), 1.5 + 0.35 * len(sources)), layout="constrained")
     image = axes.imshow(matrix, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
@@ -1338,7 +1353,7 @@ def draw_heatmap(rows: list[dict], sources: list[str], targets: list[str], path:
     axes.set_xlabel("new task")
     axes.set_ylabel("pretrained embedding")
     if matrix.size <= 400:
-        middle = (matrix.min() + matrix.max()) / 2
+        middle = (np.nanmin(matrix) + np.nanmax(matrix)) / 2
         for (i, j), value in np.ndenumerate(matrix):
             axes.text(j, i, f"{value:.2g}", ha="center", va="center", color="white" if value < middle else "black")
     figure.colorbar(image, label="score" if all(row["score"] != "" for row in rows) else "score or return")

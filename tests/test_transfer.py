@@ -58,6 +58,16 @@ def counters(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tuned(counters) -> Path:
+    """A finished run of --protocol embedding on two new tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent))
+        how = ["--protocol", "embedding", "--heatmap", "--adaptation-transitions", 20, "--embedding-updates", 2]
+        tasks = ["--env-ids", SMALLER, COUNTERS[1], "--eval-episodes", 1]
+        return transfer(counters.parent, "tuned", "--pretrained", counters, *tasks, *how)
+
+
+@pytest.fixture(scope="module")
 def points(tmp_path_factory) -> Path:
     """A pretrained run of eight goals on a circle, each of which it reaches."""
     with pytest.MonkeyPatch.context() as patch:
@@ -633,6 +643,51 @@ def test_embedding_resumes_with_the_next_task(counters, tmp_path):
     other = edited(counters, tmp_path, task_names=COUNTERS[::-1])
     with pytest.raises(brc.UserError, match="not the run from which"):
         brc.main(brc.parse_args(["--resume", str(run_dir), "--pretrained", str(other)]))
+
+
+def killed_in_the_second_task(run_dir: Path, tmp_path: Path) -> Path:
+    copy = shutil.copytree(run_dir, tmp_path / "killed")
+    for name, column in (("embedding.csv", "target"), ("heatmap.csv", "target"), ("eval.csv", "task")):
+        rows = [row for row in rows_of(run_dir / name) if row[column] == SMALLER]
+        lines = [",".join(values) for values in (rows[0], *(row.values() for row in rows))]
+        (copy / name).write_text("\n".join(lines) + "\n")
+    return copy
+
+
+def saved_by_a_spreadsheet(text: str) -> str:
+    return "\ufeff" + text.replace(",", ";").replace(".0", ",0")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("embedding.csv", lambda path: path.write_text(saved_by_a_spreadsheet(path.read_text()))),
+        ("eval.csv", lambda path: path.write_text(path.read_text().replace("\n", ",x\n"))),
+        ("heatmap.csv", lambda path: path.unlink()),
+    ],
+)
+def test_tables_that_a_spreadsheet_saved(tuned, tmp_path, name, change, own_signal_handlers):
+    """Or that were deleted: the run goes on with the next task, whose work it lost before it could write a row."""
+    run_dir = killed_in_the_second_task(tuned, tmp_path)
+    change(run_dir / name)
+    brc.main(brc.parse_args(["--resume", str(run_dir)]))
+    assert rows_of(run_dir / "embedding.csv") == rows_of(tuned / "embedding.csv")
+    assert [row["task"] for row in curve(run_dir)] == [SMALLER, COUNTERS[1]]
+    assert len(rows_of(run_dir / "heatmap.csv")) == (2 if name == "heatmap.csv" else 4)
+    assert (run_dir / "heatmap.png").exists()
+
+
+@pytest.mark.parametrize(("column", "value"), [("target", "task"), ("return", "much")])
+def test_tables_that_cannot_be_read(tuned, tmp_path, column, value):
+    """A header that was changed, a number that is none."""
+    run_dir = killed_in_the_second_task(tuned, tmp_path)
+    path = run_dir / "embedding.csv"
+    changed = column if column == "target" else rows_of(path)[0]["return"]
+    path.write_text(path.read_text().replace(changed, value, 1))
+    before = path.read_text()
+    with pytest.raises(brc.UserError, match="embedding.csv was changed and cannot be read .*; restore it, or move it"):
+        brc.main(brc.parse_args(["--resume", str(run_dir)]))
+    assert path.read_text() == before
 
 
 # ----------------------------------------------------------------------------------------------------------- play
