@@ -925,6 +925,17 @@ def target_information(args: Args, tasks: list[str], info: SimpleNamespace) -> d
     return {**envs.information(), **largest}
 
 
+def load_embedding(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A tuned embedding. Raises UserError if the file is damaged."""
+    try:
+        embedding = np.load(path).astype(np.float32)  # refuses pickled objects
+        if embedding.shape != shape or not np.isfinite(embedding).all():
+            raise ValueError(f"it must hold {shape} finite numbers")
+    except Exception as error:  # a damaged header is parsed as Python, with errors of many kinds
+        raise UserError(f"{path} is damaged ({describe(error)}); restore it, or tune it in a new run") from error
+    return embedding
+
+
 def embedding_table(embedding: np.ndarray) -> dict:
     """Parameters of nn.Embed with one row."""
     return {"params": {"embedding": jnp.asarray(embedding)[None]}}
@@ -1225,7 +1236,8 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
         evaluated = {}  # by embedding, as the heat map holds some of the others too
         path = run.directory / "embeddings" / f"{file_name(task)}.npy"
         if args.play:
-            states = {("tuned", path.name): with_embedding(pretrained.state, embedding_table(np.load(path)))}
+            embedding = load_embedding(path, pretrained.embeddings.shape[1:])
+            states = {("tuned", path.name): with_embedding(pretrained.state, embedding_table(embedding))}
         else:
             states = infer_embeddings(args, agent, pretrained, envs, np.random.default_rng(choice_seed), run)
         for (method, source), state in states.items():

@@ -725,6 +725,34 @@ def test_play_of_tuned_embeddings(counters, tmp_path, capsys):
         brc.main(brc.parse_args(["--play", str(run_dir)]))
 
 
+DAMAGED_EMBEDDINGS = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:60]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "shape": lambda path: np.save(path, np.zeros((1, 32), np.float32)),
+    "text": lambda path: np.save(path, np.array(["a"] * 32)),
+    "not finite": lambda path: np.save(path, np.full(32, np.nan)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_EMBEDDINGS)
+def test_a_tuned_embedding_that_is_damaged(name, tmp_path):
+    path = tmp_path / "gym-A.npy"
+    np.save(path, np.arange(32, dtype=np.float32))
+    assert brc.load_embedding(path, (32,)).tolist() == list(range(32))
+    DAMAGED_EMBEDDINGS[name](path)
+    with pytest.raises(brc.UserError, match="is damaged .*; restore it, or") as error:
+        brc.load_embedding(path, (32,))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_play_reads_tuned_embeddings_with_care(tuned, tmp_path):
+    run_dir = shutil.copytree(tuned, tmp_path / "copy")
+    (run_dir / "embeddings" / f"{brc.file_name(SMALLER)}.npy").write_bytes(b"")
+    with pytest.raises(brc.UserError, match="is damaged"):
+        brc.main(brc.parse_args(["--play", str(run_dir)]))
+
+
 # --------------------------------------------------------------------------------------------------------- errors
 
 
