@@ -887,8 +887,12 @@ def load_pretrained(args: Args, saved: dict) -> Pretrained:
         raise UserError(f"--pretrained {directory}: none of its checkpoints can be used ({error})") from error
     if run_dir := args.play or args.resume:
         before = json.loads((Path(run_dir) / "args.json").read_text())
+        another = f"--pretrained {directory}: not the run from which {run_dir} started"
         if before.get("pretrained_tasks", info.task_names) != info.task_names:
-            raise UserError(f"--pretrained {directory}: not the run from which {run_dir} started; it has other tasks")
+            raise UserError(f"{another}; it has other tasks")
+        crc = embedding_checksum(state)
+        if before.get("pretrained_step") == counters["step"] and before.get("pretrained_crc32", crc) != crc:
+            raise UserError(f"{another}; it has other weights")
         if args.protocol in ("embedding", "data") and before["pretrained_step"] != counters["step"]:
             gone_on = f"{directory} has gone on from step {before['pretrained_step']} to {counters['step']}"
             if args.resume and args.protocol == "embedding":
@@ -939,6 +943,11 @@ def load_embedding(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def embedding_table(embedding: np.ndarray) -> dict:
     """Parameters of nn.Embed with one row."""
     return {"params": {"embedding": jnp.asarray(embedding)[None]}}
+
+
+def embedding_checksum(state: AgentState) -> int:
+    """Tells pretrained agents apart, and says of a copy that it is the same one."""
+    return zlib.crc32(np.asarray(state.critic["embedding"]["params"]["embedding"]))
 
 
 def with_embedding(state: AgentState, table: dict) -> AgentState:
@@ -1099,7 +1108,8 @@ def main(args: Args) -> None:
         print(f"pretrained: {len(pretrained.embeddings)} tasks, step {pretrained.step:,} of {pretrained.directory}")
         print(f"parameters: {parameter_count([state.critic, state.target_critic]):,} in critics and targets, "
               f"{parameter_count(state.actor):,} in the actor")  # fmt: skip
-        source = {"pretrained_step": pretrained.step, "pretrained_tasks": pretrained.info.task_names}
+        source = {"pretrained_step": pretrained.step, "pretrained_tasks": pretrained.info.task_names,
+                  "pretrained_crc32": embedding_checksum(state)}  # fmt: skip
         transfer(args, pretrained, tasks, run, {"env_info": env_info, **source})
 
 

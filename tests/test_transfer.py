@@ -677,6 +677,21 @@ def test_tables_that_a_spreadsheet_saved(tuned, tmp_path, name, change, own_sign
     assert (run_dir / "heatmap.png").exists()
 
 
+def test_resume_from_another_pretrained_agent_is_refused(counters, tuned, tmp_path):
+    """Of the same tasks and step, such as another seed's; a copy is the same agent."""
+    agent = brc.embedding_checksum(loaded(counters).state)
+    saved = json.loads((tuned / "args.json").read_text())
+    assert saved["pretrained_crc32"] == agent
+    run_dir = shutil.copytree(tuned, tmp_path / "copy")
+    (run_dir / "args.json").write_text(json.dumps({**saved, "pretrained_crc32": agent ^ 1}))
+    args = brc.parse_args(["--resume", str(run_dir), "--pretrained", str(counters)])
+    with pytest.raises(brc.UserError, match="not the run from which .* started; it has other weights"):
+        load(args)
+    del saved["pretrained_crc32"]  # an older run
+    (run_dir / "args.json").write_text(json.dumps(saved))
+    load(args)
+
+
 @pytest.mark.parametrize(("column", "value"), [("target", "task"), ("return", "much")])
 def test_tables_that_cannot_be_read(tuned, tmp_path, column, value):
     """A header that was changed, a number that is none."""
