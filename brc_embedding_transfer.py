@@ -235,6 +235,8 @@ def check_together(args: Args, tasks: list[str]) -> None:
     if len(tasks) > 1 and args.protocol != "embedding":
         raise UserError(f"--protocol {args.protocol} learns one task a run, not {len(tasks)}: give one with --env-ids")
     saved = args.resume or args.play  # a run whose arguments were checked
+    if args.resume and args.protocol == "embedding" and not args.total_timesteps:
+        raise UserError(f"--resume {args.resume}: --total-timesteps 0 adapts nothing; give 1 or more, which means all")
     given = [name for name in USED_BY if getattr(args, name) != getattr(Args, name) and not saved]
     for name in given:
         *others, last = USED_BY[name]

@@ -692,6 +692,14 @@ def test_resume_from_another_pretrained_agent_is_refused(counters, tuned, tmp_pa
     load(args)
 
 
+def test_a_resumed_run_must_adapt_something(tuned):
+    """--total-timesteps 0 was saved, and from then on nothing ran."""
+    before = (tuned / "args.json").read_bytes()
+    with pytest.raises(brc.UserError, match="--total-timesteps 0 adapts nothing"):
+        brc.main(brc.parse_args(["--resume", str(tuned), "--total-timesteps", "0"]))
+    assert (tuned / "args.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(("column", "value"), [("target", "task"), ("return", "much")])
 def test_tables_that_cannot_be_read(tuned, tmp_path, column, value):
     """A header that was changed, a number that is none."""
