@@ -1047,7 +1047,8 @@ def explore_embeddings(
 
     Where the budget is too small for all embeddings, the next to act is the one with the lowest TD(e) on what there is.
     Returns the indices of all pretrained embeddings, best first: those that succeeded in their segment, then the
-    others, also those that never acted; by TD(e) each. (Mean rewards say less: benchmark/results/README.md.)
+    others, also those that never acted; by TD(e) each. (Mean rewards say less: benchmark/results/README.md.) Of
+    --protocol embedding nothing if the run is stopped: it keeps nothing of an unfinished task.
     """
     states = candidates(pretrained)
 
@@ -1073,6 +1074,8 @@ def explore_embeddings(
         replay.start(observations)
         normalizer.episodes[0] = []
         while step < end:
+            if run.stop and args.protocol == "embedding":
+                return []
             actions = np.asarray(agent.act(state.actor, state.critic, key, step, observations, task_ids))
             envs.send(actions)
             observations, rewards, terminated, truncated, valid, success = envs.recv()
@@ -1252,6 +1255,9 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
             states = {("tuned", path.name): with_embedding(pretrained.state, embedding_table(embedding))}
         else:
             states = infer_embeddings(args, agent, pretrained, envs, np.random.default_rng(choice_seed), run)
+        stopped = f"stopped; continue with --resume {run.directory}"
+        if not states:
+            return tqdm.write(stopped)
         for (method, source), state in states.items():
             act = partial(agent.act_deterministic, state.actor, state.critic)
             key = method if method in ("tuned", "mean") else source
@@ -1259,7 +1265,7 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
                 if rows := evaluated.get(key) or evaluate(act, eval_envs, args.eval_episodes, run.stop):
                     break
                 if run.stop:  # else an environment failed: once more, from the start
-                    return tqdm.write(f"stopped; continue with --resume {run.directory}")
+                    return tqdm.write(stopped)
             else:
                 cut = f"{Worker.max_failures} evaluations of {task}, each cut by an environment that failed"
                 raise WorkerFailure(cut)
@@ -1300,11 +1306,14 @@ def adapt_embeddings(args: Args, pretrained: Pretrained, tasks: list[str], run: 
 def infer_embeddings(
     args: Args, agent: Agent, pretrained: Pretrained, envs: "ParallelEnvs", rng: np.random.Generator, run: "Run"
 ) -> dict[tuple[str, str], AgentState]:
-    """(method, where its embedding comes from): the frozen agent with that embedding."""
+    """(method, where its embedding comes from): the frozen agent with that embedding; nothing if the run is stopped."""
     names, states, transitions = pretrained.info.task_names, candidates(pretrained), args.adaptation_transitions
     replay = Replay(1, 2 * transitions + 100, envs.observation_dim, envs.action_dim)
     normalizer = ReturnNormalizer(1, args.discount)  # of the new task; TD(e_j) takes each e_j's own
-    selected = explore_embeddings(args, agent, pretrained, envs, replay, run, normalizer)[0]
+    order = explore_embeddings(args, agent, pretrained, envs, replay, run, normalizer)
+    if not order:
+        return {}
+    selected = order[0]
     batch, _ = all_transitions(replay)
     tuned, before, after = tuned_embedding(args, agent, *states[selected], batch, run.stop)
     task, random = envs.tasks[0], int(rng.integers(len(names)))

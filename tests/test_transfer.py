@@ -204,7 +204,7 @@ def test_exploring_embeddings_normalizes_by_whole_returns(counters):
     args = brc.parse_args(["--pretrained", str(counters), "--protocol", "embedding", "--env-ids", SMALLER])
     pretrained, normalizer = load(args), brc.ReturnNormalizer(1, 0.99)
     envs = brc.target_envs(args, SMALLER, pretrained.info, 1, 0, brc.EnvWorkers(1))
-    replay, run = brc.Replay(1, 400, 6, 2), SimpleNamespace(advance=lambda updates: None)
+    replay, run = brc.Replay(1, 400, 6, 2), SimpleNamespace(advance=lambda updates: None, stop=[])
     brc.explore_embeddings(args, agent_of(pretrained, 1), pretrained, envs, replay, run, normalizer)
     envs.close()
     slots = replay.slots[0, : replay.inserted]
@@ -373,7 +373,7 @@ def adapted(run_dir: Path, *arguments):
     try:
         agent = agent_of(pretrained, envs.action_dims[0])
         replay = brc.Replay(1, 2 * args.adaptation_transitions + 100, 6, 2)
-        run = SimpleNamespace(advance=counted.append)
+        run = SimpleNamespace(advance=counted.append, stop=[])
         order = brc.explore_embeddings(args, agent, pretrained, envs, replay, run, brc.ReturnNormalizer(1, 0.99))
     finally:
         envs.close()
@@ -505,7 +505,7 @@ def test_selection_ranks_success_then_td(counters, rewards, successes):
     acted, agent, states = [], agent_of(pretrained, 2), brc.candidates(pretrained)
     table = lambda critic: tuple(np.ravel(critic["embedding"]["params"]["embedding"]).round(5))  # noqa: E731
     spy = lambda actor, critic, *rest: acted.append(table(critic)) or agent.act(actor, critic, *rest)  # noqa: E731
-    replay, run = brc.Replay(1, 150, 6, 2), SimpleNamespace(advance=lambda updates: None)
+    replay, run = brc.Replay(1, 150, 6, 2), SimpleNamespace(advance=lambda updates: None, stop=[])
     envs = Segments(np.float32(rewards), np.float32(successes))
     normalizer = brc.ReturnNormalizer(1, 0.99)
     order = brc.explore_embeddings(args, agent._replace(act=spy), pretrained, envs, replay, run, normalizer)
@@ -698,6 +698,17 @@ def test_a_resumed_run_must_adapt_something(tuned):
     with pytest.raises(brc.UserError, match="--total-timesteps 0 adapts nothing"):
         brc.main(brc.parse_args(["--resume", str(tuned), "--total-timesteps", "0"]))
     assert (tuned / "args.json").read_bytes() == before
+
+
+def test_exploring_ends_when_the_run_is_stopped(counters):
+    """Not after all of its transitions, of which nothing is kept. Those of a model run count as its steps."""
+    args = brc.parse_args(["--pretrained", str(counters), "--protocol", "embedding", "--env-ids", SMALLER])
+    pretrained, stop, steps = load(args), [], []
+    agent, envs = agent_of(pretrained, 1), Segments(np.zeros(2, np.float32), np.zeros(2, np.float32))
+    run = SimpleNamespace(advance=lambda updates: steps.append(1) or stop.append(signal.SIGINT), stop=stop)
+    rng = np.random.default_rng(0)
+    envs.observation_dim, envs.action_dim, envs.tasks = 6, 2, [SMALLER]
+    assert brc.infer_embeddings(args, agent, pretrained, envs, rng, run) == {} and len(steps) == 1
 
 
 @pytest.mark.parametrize(("column", "value"), [("target", "task"), ("return", "much")])
