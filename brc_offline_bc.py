@@ -685,7 +685,9 @@ def dataset_tasks(args: Args) -> list[str]:
         check_tasks(list(args.env_ids))
         return list(args.env_ids)
     folder, found = Path(args.dataset[0]), None
-    for path in (folder / "dataset.json", folder.parent / "args.json"):  # a converter's, or the run's that made it
+    described = [folder / "dataset.json", folder.parent / "args.json"]  # a converter's, or the run's that made it
+    # a resumed run knows them, in the order of its embeddings
+    for path in [Path(args.resume, "args.json")] if args.resume else described:
         if path.exists():
             try:
                 found = [name.strip() for name in json.loads(path.read_text())["env_info"]["task_names"]]
@@ -706,16 +708,18 @@ def dataset_tasks(args: Args) -> list[str]:
 
 def how_collected(args: Args, tasks: list[str]) -> tuple[int, dict[str, int]]:
     """Steps for which each recorded action was held, and the pieces that each task's episodes were cut into: 1, unless
-    a converter's dataset.json says otherwise (for --play the first, from the run's args.json)."""
-    path = Path(args.play, "args.json") if args.play else Path(args.dataset[0], "dataset.json")
-    try:
-        about = json.loads(path.read_text()) if path.is_file() else {}
-        action_repeat = about.get("action_repeat", 1)
-        pieces = {task: about.get("pieces_per_episode", {}).get(task, 1) for task in tasks}
-        if not all(isinstance(value, int) and value >= 1 for value in (action_repeat, *pieces.values())):
-            raise ValueError("action_repeat and pieces_per_episode must be whole numbers from 1 on")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    a converter's dataset.json says otherwise. A run remembers both in its args.json."""
+    about, run_dir = {}, args.play or args.resume
+    paths = [] if args.play else [Path(args.dataset[0], "dataset.json")]
+    for path in [*paths, Path(run_dir, "args.json")] if run_dir else paths:
+        try:
+            about = {**about, **(json.loads(path.read_text()) if path.is_file() else {})}
+            action_repeat = about.get("action_repeat", 1)
+            pieces = {task: about.get("pieces_per_episode", {}).get(task, 1) for task in tasks}
+            if not all(isinstance(value, int) and value >= 1 for value in (action_repeat, *pieces.values())):
+                raise ValueError("action_repeat and pieces_per_episode must be whole numbers from 1 on")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
     return action_repeat, pieces
 
 
@@ -876,7 +880,8 @@ def main(args: Args) -> None:
             cut = f", episodes in {pieces[task]} pieces" * (pieces[task] > 1)
             print(f"data: {task} {about_data['data_transitions'][task]:,} transitions{cut}, "
                   f"mean return {about_data['data_mean_return'][task]:.1f}")  # fmt: skip
-        run.start(env_info=eval_envs.information(), action_repeat=eval_envs.action_repeat, **about_data)
+        how = {"action_repeat": eval_envs.action_repeat, "pieces_per_episode": pieces}
+        run.start(env_info=eval_envs.information(), **how, **about_data)
         if args.total_updates == 0:
             return eval_envs.close()
         rng_state = rng.bit_generator.state  # saved: a resumed run draws the pending batch again

@@ -506,11 +506,14 @@ def test_learns_more_than_the_data_show(mixed_data, tmp_path, learn):
 
 
 def test_resume_continues_exactly(mixed_data, tmp_path):
-    """30 updates and 30 after a resume are 60 updates, bit for bit: parameters, optimizers, batches."""
+    """30 updates and 30 after a resume are 60 updates, bit for bit: parameters, optimizers, batches. Also where only
+    the data were moved and not what describes them."""
     common = ["--dataset", mixed_data, *SMALL, "--eval-every", 30, "--run-root", tmp_path]
     train(*common, "--total-updates", 60, "--run-name", "whole")
     train(*common, "--total-updates", 30, "--run-name", "parts")
-    train("--resume", tmp_path / "parts", "--total-updates", 60)
+    moved = shutil.copytree(mixed_data, tmp_path / "moved")
+    (moved / "dataset.json").unlink()
+    train("--resume", tmp_path / "parts", "--dataset", moved, "--total-updates", 60)
     args = brc.parse_args(["--resume", str(tmp_path / "parts")])
     blank = brc.make_agent(args, 2, 2, 2, [2, 2]).init(0)
     states = [brc.load_checkpoint(tmp_path / name, blank)[0] for name in ("whole", "parts")]
@@ -555,8 +558,26 @@ def test_resume_with_data_of_other_tasks_says_so(mixed_data, tmp_path):
     train("--dataset", mixed_data, *SMALL, "--total-updates", 5, "--run-root", tmp_path, "--run-name", "run")
     write(tmp_path / "other", POINTS[0], random_episodes(np.random.default_rng(0), 9))
     (tmp_path / "other" / "dataset.json").write_text(json.dumps({"env_info": {"task_names": POINTS[:1]}}))
-    with pytest.raises(brc.UserError, match="--dataset is not the data that this run learns from"):
+    with pytest.raises(brc.UserError, match=f"other has no data of {POINTS[1]}; it has: "):
         train("--resume", tmp_path / "run", "--dataset", tmp_path / "other", "--total-updates", 9)
+
+
+def test_a_resumed_run_knows_how_its_data_were_collected(tmp_path):
+    """Its tasks in the order of its embeddings, and action_repeat: those of its args.json, whatever lies beside the
+    data where they were moved to."""
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    for task in POINTS:
+        write(moved, task, random_episodes(np.random.default_rng(0), 3))
+    run_dir.mkdir()
+    pieces = {POINTS[0]: 5, POINTS[1]: 1}
+    about = {"env_info": {"task_names": POINTS}, "action_repeat": 3, "pieces_per_episode": pieces}
+    (run_dir / "args.json").write_text(json.dumps(about))
+    args = brc.Args(dataset=(str(moved),), resume=str(run_dir))
+    assert brc.dataset_tasks(args) == POINTS and brc.how_collected(args, POINTS) == (3, pieces)
+    (moved / "dataset.json").write_text(json.dumps({"env_info": {"task_names": POINTS[::-1]}, "action_repeat": 2}))
+    assert brc.dataset_tasks(args) == POINTS and brc.how_collected(args, POINTS) == (3, pieces)
+    (run_dir / "args.json").write_text(json.dumps({"env_info": {"task_names": POINTS}}))  # an older run
+    assert brc.how_collected(args, POINTS) == (2, dict.fromkeys(POINTS, 1))
 
 
 def test_joined_takes_tuples_inside_dicts_part_by_part():
