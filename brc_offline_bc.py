@@ -676,7 +676,10 @@ def dataset_tasks(args: Args) -> list[str]:
         raise UserError("no data: give --dataset, such as --dataset runs/RUN/replay of a run made with --save-replay")
     if not is_folder(args.dataset):
         if any(is_folder((entry,)) for entry in args.dataset):
-            raise UserError("--dataset takes one folder: put the tasks' .npy files into one, a link each is enough")
+            raise UserError(
+                "--dataset takes one folder: put the tasks' .npy files into one, a link each is enough, and beside "
+                "them the action_repeat and pieces_per_episode of a converter's dataset.json, in a dataset.json"
+            )
         if len(args.env_ids) != len(args.dataset):
             raise UserError(
                 f"--dataset {' '.join(args.dataset)}: no folder with .npy files, such as runs/RUN/replay; Minari data "

@@ -310,7 +310,7 @@ def test_user_errors(tmp_path, monkeypatch, capfd):
         (["--dataset", data, "--env-ids", "dmc/walker-wlak"], "dmc/walker-wlak"),
         (["--dataset", data, "--env-ids", POINTS[1]], "has no data of"),
         (["--dataset", tmp_path / "nowhere"], "--env-ids"),
-        (["--dataset", data, data, "--env-ids", *POINTS], "one folder"),
+        (["--dataset", data, data, "--env-ids", *POINTS], "is enough, and beside them the action_repeat"),
         (
             ["--dataset", tmp_path / "nowhere", "--env-ids", POINTS[0]],
             f"--dataset {tmp_path}/nowhere: no folder with .npy",
