@@ -740,6 +740,19 @@ def data_files(args: Args, tasks: list[str], run_dir: Path) -> list[Path]:
     return paths
 
 
+def load_data(args: Args, tasks: list[str], run_dir: Path, envs: "ParallelEnvs") -> Dataset:
+    """The data of --dataset. What was converted from Minari and then refused is removed: the next try has another run
+    directory."""
+    converted = not is_folder(args.dataset)
+    try:
+        files = data_files(args, tasks, run_dir)
+        return Dataset(tasks, files, envs, args.last_transitions, args.discount, args.clip_actions, converted)
+    except UserError:
+        if converted and not args.resume:
+            shutil.rmtree(run_dir / "data", ignore_errors=True)
+        raise
+
+
 def environment_parts(task: str) -> dict | None:
     """Names and spaces (dm_control's: None) of what the environment observes, in its order; None if that is no Dict."""
     env = make_env(task)
@@ -862,9 +875,7 @@ def main(args: Args) -> None:
         eval_envs.action_repeat, pieces = how_collected(args, tasks)
         data, about_data = None, {}
         if not args.play:
-            files = data_files(args, tasks, run.directory)
-            all_whole = not is_folder(args.dataset)
-            data = Dataset(tasks, files, eval_envs, args.last_transitions, args.discount, args.clip_actions, all_whole)
+            data = load_data(args, tasks, run.directory, eval_envs)
             about_data["data_transitions"] = dict(zip(tasks, map(len, data.starts), strict=True))
             mean_returns = zip(tasks, data.mean_return, strict=True)
             about_data["data_mean_return"] = {task: mean * pieces[task] for task, mean in mean_returns}

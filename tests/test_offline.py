@@ -580,6 +580,19 @@ def test_a_resumed_run_knows_how_its_data_were_collected(tmp_path):
     assert brc.how_collected(args, POINTS) == (2, dict.fromkeys(POINTS, 1))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_refused_conversions_are_removed(resumed, tmp_path, monkeypatch):
+    """Each try has another run directory. A resumed run's data stay."""
+    data = random_episodes(np.random.default_rng(0), 3)
+    data[0]["actions"] *= 9
+    monkeypatch.setattr(brc, "convert_minari", lambda name, task, path: write(path.parent, task, data))
+    (tmp_path / "args.json").write_text(json.dumps({"dataset": ["some/data-v0"]}))
+    args = brc.Args(dataset=("some/data-v0",), env_ids=("gym/A",), resume=str(tmp_path) if resumed else None)
+    with pytest.raises(brc.UserError, match="--clip-actions"):
+        brc.load_data(args, ["gym/A"], tmp_path, Sizes((2, 2)))
+    assert (tmp_path / "data").exists() == resumed
+
+
 def test_joined_takes_tuples_inside_dicts_part_by_part():
     """Also where there are as many parts as times."""
     unit = gym.spaces.Box(-1, 1, (1,))
