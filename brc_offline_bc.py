@@ -649,17 +649,18 @@ def returns_of(records: np.ndarray, discount: float, is_cut: bool, all_whole: bo
     last = valid & (terminated | ~np.append(valid[1:], False))
     starts, ends = np.flatnonzero(valid & ~np.append(False, (valid & ~last)[:-1])), np.flatnonzero(last) + 1
     lengths = ends - starts
+    longest = lengths.max()
     largest, whole, pieces = 0.0, [], []
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         episode, truncated = rewards[start:end], not terminated[end - 1]
         returns = lfilter([1.0], [1.0, -discount], episode[::-1])[::-1]
-        if truncated and (all_whole or len(episode) >= min(lengths.max(), 1 / (1 - discount))):
+        if truncated and (all_whole or len(episode) >= min(longest, 1 / (1 - discount))):
             returns = returns + discount ** np.arange(len(episode), 0, -1) * episode.mean() / (1 - discount)
         largest = max(largest, float(np.abs(returns).max()), float(np.abs(episode).max()))
         pieces.append(episode.sum())
         begun_before = is_cut and number == 0
         going_on = number == len(lengths) - 1 and len(episode) > lengths[int(is_cut) : -1].max(initial=0) > 0
-        complete = all_whole or not truncated or (len(episode) == lengths.max() and not going_on)
+        complete = all_whole or not truncated or (len(episode) == longest and not going_on)
         if complete and not begun_before:
             whole.append(episode.sum())
     return largest, float(np.mean(whole or pieces))
