@@ -834,6 +834,10 @@ def convert_minari(name: str, task: str, path: Path) -> None:
             if records is None:
                 dtype = record_type(observations.shape[1], data.action_space.shape[0])
                 records = new_records(partial_path, dtype, int(data.total_steps) + int(data.total_episodes))
+            counts = [len(part) for part in (observations[1:], episode.actions, episode.rewards, episode.terminations)]
+            if len(set(counts)) > 1:  # NumPy would repeat a single one
+                names = "steps by its observations, actions, rewards and terminations"
+                raise ValueError(f"episode {episode.id} has {counts} {names}")
             last = first + len(episode.actions)  # the final observation's record, which is not a transition
             rows = records[first : last + 1]
             rows["observation"] = observations

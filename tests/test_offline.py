@@ -607,6 +607,7 @@ def test_joined_takes_tuples_inside_dicts_part_by_part():
 def test_minari_round_trip(tmp_path, monkeypatch):
     """Made with Minari from real Pendulum steps, read by the script: the same transitions, actions in [-1, 1]."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    import h5py
     import minari
     from minari.serialization import serialize_space
 
@@ -656,6 +657,10 @@ def test_minari_round_trip(tmp_path, monkeypatch):
         refused("No space left on device")
     with pytest.raises(brc.UserError, match=r"one vector, the environment's are \['observation', 'desired_goal'\]"):
         brc.convert_minari("pendulum/random-v0", "gym/gym_tasks:Goal-v0", tmp_path / "converted" / "goal.npy")
+    with h5py.File(tmp_path / "minari/pendulum/random-v0/data/main_data.hdf5", "r+") as file:
+        del file["episode_1/rewards"]
+        file["episode_1/rewards"] = [0.0]
+    refused(r"episode 1 has \[200, 200, 1, 200\] steps")
     path = tmp_path / "minari/pendulum/random-v0/data/metadata.json"
     metadata = json.loads(path.read_text())
     box = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
