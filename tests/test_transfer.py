@@ -662,7 +662,7 @@ def saved_by_a_spreadsheet(text: str) -> str:
     ("name", "change"),
     [
         ("embedding.csv", lambda path: path.write_text(saved_by_a_spreadsheet(path.read_text()))),
-        ("eval.csv", lambda path: path.write_text(path.read_text().replace("\n", ",x\n"))),
+        ("eval.csv", lambda path: path.write_text(saved_by_a_spreadsheet(path.read_text()))),
         ("heatmap.csv", lambda path: path.unlink()),
     ],
 )
