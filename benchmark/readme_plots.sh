@@ -21,6 +21,9 @@ python benchmark/plot.py $l/runs/laptop-6-tasks-brc-128__19d68b__* $l/beside/six
   --labels "ours" "ours, --variant released-code" "released code" --out $l/beside/six.png
 python benchmark/plot.py $l/beside/dmc-ours-[1-5] $l/beside/dmc-ours-variant-* $l/beside/dmc-released-* \
   --labels "ours" "ours, --variant released-code" "released code" --out $l/beside/dmc.png
+m=$l/simba
+python benchmark/plot.py $m/bronet__* $m/bronet-normalized__* $m/bronet-256__* $m/simba__* $m/simba-plain__* --labels BroNet \
+  "BroNet, normalized observations" "BroNet, width 256" SimBa "SimBa without normalized observations" --out $m/curve.png
 python benchmark/plot.py figure1 figure3 figure4 figure5 figure6 figure7 figure9 figure10 figure12 \
   --runs $l/runs --scale laptop --out $l/figures
 rm $l/figures/*.pdf
