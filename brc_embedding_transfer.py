@@ -255,7 +255,7 @@ def check_together(args: Args, tasks: list[str]) -> None:
     choosing = args.adaptation_transitions if args.protocol == "model" and args.embedding_init == "best" else 0
     if 0 < args.total_timesteps < choosing:
         raise UserError(f"--total-timesteps {args.total_timesteps}: fewer than --adaptation-transitions {choosing}")
-    if args.buffer_size < 2 * choosing:  # resets take slots, too
+    if args.buffer_size < 2 * choosing and not args.play:  # resets take slots, too
         raise UserError(f"--buffer-size {args.buffer_size}: at least twice --adaptation-transitions {choosing}")
     if args.learning_starts < choosing:
         raise UserError(
@@ -1923,10 +1923,12 @@ def run_worker(connection) -> None:
         time.sleep(Worker.grace)  # an environment that hangs is not closed
         os._exit(0)
 
-    for signum in set(SIGNALS) - {signal.SIGINT}:  # which is ignored since the fork server began
-        # no SIG_IGN, which processes that a task starts would inherit: they could not be terminated
-        signal.signal(signum, lambda *_: None)
-        os.register_at_fork(after_in_child=partial(signal.signal, signum, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup's SIGHUP stays ignored, too
+            # no SIG_IGN, which processes that a task starts would inherit: they could not be terminated
+            signal.signal(signum, lambda *_: None)
+            os.register_at_fork(after_in_child=partial(signal.signal, signum, signal.SIG_DFL))
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     groups = []
@@ -2319,6 +2321,7 @@ def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
         if run.stop:
             return
         path = run.directory.absolute() / "videos" / f"{file_name(task)}-{run.step}.mp4"
+        partial_path = path.with_name(f".partial-{path.name}")  # the film of an earlier --play stays until there is one
         try:
             import imageio
 
@@ -2326,12 +2329,13 @@ def record_videos(act: Callable, envs: ParallelEnvs, run: "Run") -> None:
             with (
                 contextlib.chdir("."),  # back to here, wherever a task goes
                 warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # JAX's of ffmpeg's fork: it execs
-                imageio.get_writer(path, fps=VIDEO_FPS, macro_block_size=2) as video,
+                imageio.get_writer(partial_path, fps=VIDEO_FPS, macro_block_size=2) as video,
             ):
                 for frame in episode_frames(act, task, task_id, envs, run.stop):
                     video.append_data(frame)
+            partial_path.replace(path)
         except (Exception, SystemExit) as error:  # a graphics library or a package for drawing may be missing
-            path.unlink(missing_ok=True)
+            partial_path.unlink(missing_ok=True)
             tqdm.write(f"warning: no video of {task}: {error}", file=sys.stderr)
 
 

@@ -257,6 +257,10 @@ def test_video_that_cannot_be_drawn_does_not_end_the_run(task, tmp_path, capfd):
     )
     assert f"warning: no video of gym/gym_tasks:{task}-v0" in capfd.readouterr().err
     assert not list((tmp_path / "video/videos").iterdir())
+    before = tmp_path / f"video/videos/gym-gym_tasks-{task}-v0-1.mp4"  # of a machine that could
+    before.write_bytes(b"film")
+    played(brc, tmp_path / "video", "--capture-video", "--eval-episodes", 1)
+    assert before.read_bytes() == b"film" and list(before.parent.iterdir()) == [before]
     assert [row["step"] for row in curve(tmp_path / "video")] == ["0", "1"]
 
 

@@ -197,6 +197,7 @@ def test_best_embedding_counts_its_transitions(counters, tmp_path, capsys):
     )  # fmt: skip
     assert "best embedding after 30 transitions: gym/gym_tasks:" in capsys.readouterr().out
     assert [row["step"] for row in curve(run_dir)] == ["30", "40"]
+    assert len(played(brc, run_dir, "--eval-episodes", 1)[1]) == 1
 
 
 def test_exploring_embeddings_normalizes_by_whole_returns(counters):
