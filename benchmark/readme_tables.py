@@ -283,14 +283,19 @@ def laptop_claims() -> list[list[str]]:
     return claims.claims_table(RESULTS / "laptop/runs")
 
 
+def fresh_seeds(runs: str) -> dict[int, float]:
+    """Seeds 6 to 10 of a follow-up at laptop scale: mean score over tasks and the last three evaluations."""
+    steps = (10_000, 12_500, 15_000)
+    return {seed: mean_of(RESULTS / f"laptop/{runs}__{seed}", "score", steps) for seed in range(6, 11)}
+
+
 def laptop_batch() -> list[list[str]]:
     """laptop/README.md: multi-task agents with batch 512, seeds 6 to 10, beside Figure 1's, seeds 1 to 5."""
 
     def score(label: str) -> dict[int, float]:
         return claims.per_seed(claims.runs_of("figure1", label), RESULTS / "laptop/runs", claims.mean_score(2 / 3, 1))
 
-    brc, heads = ({seed: mean_of(RESULTS / f"laptop/batch/{agent}-512__{seed}", "score", (10_000, 12_500, 15_000))
-                   for seed in range(6, 11)} for agent in ("brc", "mh-sac"))  # fmt: skip
+    brc, heads = fresh_seeds("batch/brc-512"), fresh_seeds("batch/mh-sac-512")
     comparisons = [
         ("BRC* with batch 512 beats BRC, one task each", brc, score("BRC")),
         ("BRC* with batch 512 beats BRC* with batch 128", brc, score("BRC*")),
@@ -302,11 +307,6 @@ def laptop_batch() -> list[list[str]]:
 
 def laptop_simba() -> list[list[str]]:
     """laptop/README.md: SimBa's lead over BroNet taken apart, width 128 but where said, seeds 6 to 10."""
-
-    def score(agent: str) -> dict[int, float]:
-        return {seed: mean_of(RESULTS / f"laptop/simba/{agent}__{seed}", "score", (10_000, 12_500, 15_000))
-                for seed in range(6, 11)}  # fmt: skip
-
     comparisons = [
         ("SimBa beats BroNet", "simba", "bronet"),
         ("BroNet gains by normalized observations", "bronet-normalized", "bronet"),
@@ -315,7 +315,8 @@ def laptop_simba() -> list[list[str]]:
         ("SimBa beats BroNet, both without", "simba-plain", "bronet"),
         ("SimBa beats BroNet of width 256", "simba", "bronet-256"),
     ]
-    return [claims.claim_row(4, claim, score(higher), score(lower)) for claim, higher, lower in comparisons]
+    return [claims.claim_row(4, claim, fresh_seeds(f"simba/{higher}"), fresh_seeds(f"simba/{lower}"))
+            for claim, higher, lower in comparisons]  # fmt: skip
 
 
 def atari_cpu() -> list[list[str]]:
